@@ -1,0 +1,102 @@
+"""What flows through a training step: plain dataclasses of tensors over a batch, never one Python object per sample.
+
+Symbols, used in every file: B images, T Monte Carlo Dropout passes per image, A actions drawn per pass, E… the elements
+of one action (nothing for a class, [P] for boxes, [H, W] for masks). The N = T * A actions of one image are its group.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+
+@dataclass
+class TensorMiniBatch:
+    """Images with what is known about them.
+
+    inputs: [B, C, H, W], uint8 as the loader hands it out, float once `prepare` has normalised it.
+    targets: [B, …], for classification the int64 class index.
+    metadata: `paths`, a list of B strings; `indices`, [B] int64 places in the data set; whatever else a reward needs.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    metadata: dict = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, part: slice) -> "TensorMiniBatch":
+        """The images `part` of the batch (a slice), as views."""
+        size = len(self)
+        metadata = {k: v[part] if hasattr(v, "__len__") and len(v) == size else v for k, v in self.metadata.items()}
+        return TensorMiniBatch(self.inputs[part], self.targets[part], metadata)
+
+    def pin_memory(self) -> "TensorMiniBatch":
+        """In page-locked memory, whence a copy to the GPU can overlap with work; DataLoader calls this."""
+        return replace(self, inputs=self.inputs.pin_memory(), targets=self.targets.pin_memory())
+
+    def to(self, device: torch.device | str) -> "TensorMiniBatch":
+        """Inputs and targets on `device`; from pinned memory without waiting."""
+        return replace(
+            self,
+            inputs=self.inputs.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+        )
+
+
+@dataclass
+class Episode:
+    """One rollout of a micro-batch: what was seen, sampled, done and earned.
+
+    inputs: [B, C, H, W] prepared images.
+    masks: the dropout masks of each stochastic layer, name -> [B, T, 1, width]. An update must reuse them.
+    actions: [B, T, A, E…].
+    log_probs: [B, T, A, E…] of the actions under the policy that drew them; with its graph if the rollout kept one.
+    rewards: [B, T, A], one score per action, or [B, T, A, E…], one per element.
+    advantages: as the rewards.
+    metadata: `predicted`, [B, T, E…], the mode of each pass (the predicted class index); `targets`, [B, …];
+        `reward_terms`, name -> that reward by itself, before weights; `paths`, `indices` and the rest of the batch's.
+    policy: the distribution itself, batch shape [B, T, E…]; None once detached.
+    """
+
+    inputs: Tensor
+    masks: dict[str, Tensor]
+    actions: Tensor
+    log_probs: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    metadata: dict = field(default_factory=dict)
+    policy: Distribution | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def detach(self) -> "Episode":
+        """The same episode without its graph: what a replay needs and no more."""
+        metadata = {"targets": self.metadata["targets"]}
+        return replace(self, log_probs=self.log_probs.detach(), metadata=metadata, policy=None)
+
+    def __getitem__(self, part: slice | Tensor) -> "Episode":
+        """The images `part` (a slice or indices) of a detached episode."""
+        if isinstance(part, Tensor):
+            part = part.to(self.inputs.device, non_blocking=True)
+        return Episode.map(lambda tensors: tensors[0][part], [self])
+
+    @staticmethod
+    def cat(episodes: list["Episode"]) -> "Episode":
+        """The images of several detached episodes in one."""
+        return Episode.map(torch.cat, episodes)
+
+    @staticmethod
+    def map(function: Callable[[list[Tensor]], Tensor], episodes: list["Episode"]) -> "Episode":
+        """Apply `function` to the list of each tensor of detached episodes."""
+        first = episodes[0]
+        tensors = ("inputs", "actions", "log_probs", "rewards", "advantages")
+        return Episode(
+            **{name: function([getattr(e, name) for e in episodes]) for name in tensors},
+            masks={name: function([e.masks[name] for e in episodes]) for name in first.masks},
+            metadata={name: function([e.metadata[name] for e in episodes]) for name in first.metadata},
+        )

@@ -1,0 +1,357 @@
+"""Group Relative Policy Optimisation on Monte Carlo Dropout passes: rollout, advantages, loss, update.
+
+Knows no task and no ViT: a model is anything with `sample_masks(B, T)` and `model(inputs, masks)`, a policy adapter
+turns its outputs into a `torch.distributions.Distribution` of batch shape [B, T, E…], a reward judges actions.
+
+B images, T passes, A actions per pass, E… the elements of an action; N = T * A actions are the group of one image.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, Distribution, kl_divergence
+
+from data_types import Episode, TensorMiniBatch
+
+# reward(actions [B, T, A, E…], outputs [B, T, …], targets [B, …], metadata) -> [B, T, A] or [B, T, A, E…]
+Reward = Callable[[Tensor, Tensor, Tensor, dict], Tensor]
+PolicyAdapter = Callable[[Tensor], Distribution]
+
+
+@contextmanager
+def keyed_rng(*key: int | str) -> Iterator[None]:
+    """All draws inside are a function of `key` alone; torch's own random state is as before afterwards.
+
+    torch.distributions takes no generator, so the global one is forked and seeded. No state is carried from step to
+    step, so there is none to save and restore.
+    """
+    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+# --- Policy: torch puts samples first, [A, B, T, E…]; these two functions alone touch that layout -------------------
+
+
+def classification_policy_adapter(outputs: Tensor) -> Categorical:
+    """Logits [B, T, K] -> a class per pass, in float32 (or better) whatever the autocast: log_probs are small
+    differences of large numbers."""
+    return Categorical(logits=outputs.to(torch.promote_types(outputs.dtype, torch.float32)))
+
+
+def sample_actions(policy: Distribution, num_actions: int) -> Tensor:
+    """Draw A actions from each pass: [B, T, A, E…]."""
+    return policy.sample((num_actions,)).movedim(0, 2)
+
+
+def action_log_prob(policy: Distribution, actions: Tensor) -> Tensor:
+    """log π(action) of actions [B, T, A, E…], in the same layout."""
+    return policy.log_prob(actions.movedim(2, 0)).movedim(0, 2)
+
+
+# --- Advantages -----------------------------------------------------------------------------------------------------
+
+
+def live_groups(advantages: Tensor) -> Tensor:
+    """[B] bool: whether some advantage [B, T, A, E…] of an image's group is not 0. A dead group teaches nothing."""
+    return (advantages != 0).flatten(1).any(1)
+
+
+def compute_advantages(rewards: Tensor, estimator: str) -> Tensor:
+    """Advantages of rewards [B, T, A, E…] relative to the group (over T and A, for each image and element by itself).
+
+    grpo:  (r - mean) / (std + 1e-4), population std (DeepSeekMath, https://arxiv.org/abs/2402.03300)
+    rloo:  (r - mean) * N / (N - 1), unbiased for the expected reward (https://arxiv.org/abs/2402.14740)
+    maxrl: (r - mean) / mean, 0 where mean is 0; for 0/1 rewards the likelihood truncated at order N - 1
+           (https://arxiv.org/abs/2602.02710). Needs rewards >= 0: a group with a negative one becomes NaN, which
+           `update_policy` refuses on the device, without waiting for the GPU to look.
+
+    A group whose rewards are all equal gets exactly 0: that is told by max = min, since a small standard deviation
+    may be rounding. Raises ValueError for an unknown estimator.
+    """
+    mean = rewards.mean((1, 2), keepdim=True)
+    centred = rewards - mean
+    if estimator == "grpo":
+        advantages = centred / (rewards.std((1, 2), correction=0, keepdim=True) + 1e-4)
+    elif estimator == "rloo":
+        group_size = rewards.shape[1] * rewards.shape[2]
+        advantages = centred * (group_size / max(group_size - 1, 1))
+    elif estimator == "maxrl":
+        lowest = rewards.amin((1, 2), keepdim=True)
+        advantages = centred / torch.where(lowest < 0, torch.nan, torch.where(mean == 0, 1.0, mean))
+    else:
+        raise ValueError(f"advantage {estimator!r} is none of grpo, rloo, maxrl")
+    dead = rewards.amax((1, 2), keepdim=True) == rewards.amin((1, 2), keepdim=True)
+    return torch.where(dead & advantages.isfinite(), 0.0, advantages)  # the mean of equal numbers may be off by an ulp
+
+
+# --- Rollout --------------------------------------------------------------------------------------------------------
+
+
+def score(rewards: Mapping[str, tuple[Reward, float]], actions, outputs, targets, metadata) -> tuple[Tensor, dict]:
+    """The weighted sum of the rewards, [B, T, A] or [B, T, A, E…], and each by itself, name -> Tensor.
+
+    Raises ValueError if one returns something else than a tensor of one of these two shapes.
+    """
+    total, terms = None, {}
+    for name, (reward, weight) in rewards.items():
+        term = reward(actions, outputs, targets, metadata)
+        allowed = {actions.shape[:3], actions.shape}
+        if not isinstance(term, Tensor) or term.shape not in allowed:
+            returned = f"a tensor of shape {list(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
+            expected = " or ".join(str(list(shape)) for shape in sorted(allowed))
+            raise ValueError(f"reward {name} returned {returned}; expected a tensor of shape [B, T, A, …] = {expected}")
+        terms[name] = term = term.to(actions.device, torch.promote_types(outputs.dtype, torch.float32))
+        weighted = weight * term
+        if total is not None:  # a score per action goes to all its elements
+            dims = max(total.ndim, weighted.ndim)
+            total, weighted = (x.reshape(*x.shape, *[1] * (dims - x.ndim)) for x in (total, weighted))
+            weighted = total + weighted
+        total = weighted
+    return total, terms
+
+
+def rollout(
+    model,
+    batch: TensorMiniBatch,
+    rewards: Mapping[str, tuple[Reward, float]],
+    policy_adapter: PolicyAdapter,
+    *,
+    num_mc_samples: int,
+    actions_per_sample: int,
+    action: str = "sample",
+    advantage: str = "maxrl",
+    key: tuple[int, int, int] = (0, 0, 0),
+    keep_graph: bool = True,
+) -> Episode:
+    """T stochastic passes over a prepared micro-batch, A actions from each, their rewards and advantages.
+
+    rewards: name -> (function, weight). action: `sample`, or `argmax` (the mode of each pass, A = 1).
+    key: (seed, step, index in the global batch of the micro-batch's first image): all draws are a function of it.
+    keep_graph: the forward pass can be differentiated through `Episode.log_probs` and `Episode.policy`; without it
+    `update_policy` repeats the pass for the live groups.
+    """
+    seed, step, index = key
+    with torch.set_grad_enabled(keep_graph):
+        with keyed_rng(seed, step, "masks", index):
+            masks = model.sample_masks(len(batch), num_mc_samples)
+        outputs = model(batch.inputs, masks)  # [B, T, …]
+        policy = policy_adapter(outputs)  # batch shape [B, T, E…]
+        with torch.no_grad():
+            if action == "sample":
+                with keyed_rng(seed, step, "actions", index):
+                    actions = sample_actions(policy, actions_per_sample)  # [B, T, A, E…]
+            else:
+                actions = policy.mode.unsqueeze(2)  # [B, T, 1, E…]
+            total, terms = score(rewards, actions, outputs.detach(), batch.targets, batch.metadata)
+            advantages = compute_advantages(total, advantage)
+        log_probs = action_log_prob(policy, actions)
+    metadata = batch.metadata | {"targets": batch.targets, "predicted": policy.mode.detach(), "reward_terms": terms}
+    return Episode(batch.inputs, masks, actions, log_probs, total, advantages, metadata, policy)
+
+
+# --- Loss and update ------------------------------------------------------------------------------------------------
+
+
+def clipped_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PPO's pessimistic surrogate with DAPO's asymmetric clip (https://arxiv.org/abs/2503.14476), per element.
+
+    log_probs, old_log_probs: [B, T, A, E…]; advantages the same or [B, T, A].
+    Returns loss, ratio and whether the clip was active, each [B, T, A, E…].
+    """
+    advantages = advantages.reshape(*advantages.shape, *[1] * (log_probs.ndim - advantages.ndim))
+    ratio = torch.exp(log_probs - old_log_probs)
+    unclipped = -ratio * advantages
+    clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    return torch.maximum(unclipped, clipped), ratio, clipped > unclipped
+
+
+def select_live(episodes: list[Episode], pad_to: int) -> Episode | None:
+    """The live images of detached episodes as one episode; replaying it gives the gradient of all of them.
+
+    Its size is rounded up to a multiple of `pad_to` by repeating the last image with advantages 0, so that a compiled
+    model meets few shapes. None if no group is live. Looking which groups live is the step's one host-device sync.
+    """
+    live = torch.cat([live_groups(episode.advantages) for episode in episodes]).cpu()
+    indices = [part.nonzero().flatten() for part in live.split([len(episode) for episode in episodes])]
+    count = int(live.sum())  # on the host already
+    if count == 0:
+        return None
+    episode = Episode.cat([episode[index] for episode, index in zip(episodes, indices) if len(index)])
+    if count % pad_to:
+        episode = episode[torch.arange(count + -count % pad_to).clamp(max=count - 1)]
+        episode.advantages[count:] = 0
+    return episode
+
+
+def policy_loss(
+    episode: Episode,
+    policy: Distribution,
+    log_probs: Tensor,
+    *,
+    objective: str,
+    clip_low: float,
+    clip_high: float,
+    kl_coef: float,
+    entropy_coef: float,
+    reference_policy: Distribution | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean loss over an episode's images, passes, actions and elements, and what is worth logging.
+
+    policy, log_probs: of the current weights, under the episode's masks; episode.log_probs are the old ones.
+    """
+    log = {}
+    if objective == "supervised":
+        targets = episode.metadata["targets"]  # [B, E…] -> an action of each pass, [B, T, 1, E…]
+        targets = targets[:, None, None].expand(len(targets), log_probs.shape[1], 1, *targets.shape[1:])
+        loss = -action_log_prob(policy, targets).mean()
+    else:
+        old_log_probs = episode.log_probs.detach()
+        losses, ratio, clipped = clipped_loss(log_probs, old_log_probs, episode.advantages, clip_low, clip_high)
+        loss = losses.mean()
+        log = {"policy/ratio": ratio.detach().mean(), "policy/clip_fraction": clipped.to(ratio.dtype).mean()}
+    if kl_coef:
+        kl = kl_divergence(policy, reference_policy).mean()
+        loss = loss + kl_coef * kl
+        log["policy/kl"] = kl.detach()
+    if entropy_coef:
+        loss = loss - entropy_coef * policy.entropy().mean()
+    return loss, log | {"loss": loss.detach()}
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, max_grad_norm: float, loss: Tensor) -> Tensor:
+    """Clip the gradients, step unless loss or gradient are not finite, return the norm before clipping.
+
+    A fused optimizer is told on the device (`found_inf`, as torch.amp does it), at no sync: once bad it stays where it
+    is until the caller has read the norm. With another one it is looked at here and raises FloatingPointError.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    for p in params:  # a batch without a live group has zero gradients, not none
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    grad_norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm)
+    bad = ~(grad_norm.isfinite() & loss.isfinite())
+    if optimizer.defaults.get("fused"):
+        bad = bad.float()
+        optimizer.found_inf = torch.maximum(getattr(optimizer, "found_inf", bad), bad)
+    elif bad:
+        raise FloatingPointError(f"loss {float(loss)}, gradient norm {float(grad_norm)}: the weights were not touched")
+    optimizer.step()
+    return grad_norm
+
+
+def weighted_mean(rows: list[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """Mean of each name over rows of (images, measurements)."""
+    total = sum(count for count, _ in rows)
+    return {name: sum(count * row[name] for count, row in rows) / total for name in (rows[0][1] if rows else ())}
+
+
+def update_policy(
+    model,
+    optimizer: torch.optim.Optimizer,
+    episodes: Iterable[Episode],
+    *,
+    batch_size: int,
+    micro_batch_size: int,
+    policy_adapter: PolicyAdapter,
+    objective: str = "grpo",
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    update_epochs: int = 1,
+    kl_coef: float = 0.0,
+    entropy_coef: float = 0.0,
+    reference=None,
+    max_grad_norm: float = 1.0,
+    pad_to: int = 1,
+) -> dict[str, Tensor]:
+    """`update_epochs` optimizer steps on one batch of experience. Returns metrics, 0-dim tensors on the device, and
+    `group_rewards`, the mean reward of each group, [batch_size].
+
+    episodes: the micro-batches' rollouts, best a generator: each is differentiated and let go before the next is made,
+        so that memory follows the micro-batch. Rollouts without a graph (`keep_graph=False`) are kept instead, and
+        their live images replayed under the stored masks and actions. Both ways give the same gradient.
+    batch_size: images in the whole batch, dead groups included: the denominator, known before the first backward.
+    micro_batch_size: images at a time in a replay. pad_to: see `select_live`.
+    objective: `grpo`, clipped surrogate + kl_coef * KL(policy || reference) - entropy_coef * entropy; or `supervised`,
+        -log π(targets) under the same passes. reference: the frozen model of the KL term, run under the same masks.
+    max_grad_norm: gradients are clipped to this norm over all parameters.
+    """
+    seen, updated, lowest, group_rewards = [], [], [], []  # (images, measurements) of rollouts and of backward passes
+
+    def backward(episode: Episode, policy: Distribution, log_probs: Tensor) -> None:
+        reference_policy = None
+        if kl_coef:
+            with torch.no_grad():
+                reference_policy = policy_adapter(reference(episode.inputs, episode.masks))
+        loss, log = policy_loss(
+            episode,
+            policy,
+            log_probs,
+            objective=objective,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            kl_coef=kl_coef,
+            entropy_coef=entropy_coef,
+            reference_policy=reference_policy,
+        )
+        (loss * (len(episode) / batch_size)).backward()
+        updated.append((len(episode), log))
+
+    def replay(episodes: list[Episode]) -> None:
+        for episode in episodes:
+            for start in range(0, len(episode), micro_batch_size):
+                part = episode[start : start + micro_batch_size]
+                policy = policy_adapter(model(part.inputs, part.masks))
+                backward(part, policy, action_log_prob(policy, part.actions))
+
+    def step() -> Tensor:
+        loss = sum((count * log["loss"] for count, log in updated), torch.zeros_like(lowest[0]))
+        return optimizer_step(optimizer, max_grad_norm, loss)
+
+    optimizer.zero_grad()
+    stored = []
+    for episode in episodes:
+        with torch.no_grad():
+            log = {
+                "reward/mean": episode.rewards.mean(),
+                "reward/std": episode.rewards.std((1, 2), correction=0).mean(),
+                "groups/live": live_groups(episode.advantages).to(episode.rewards.dtype).mean(),
+                "policy/entropy": episode.policy.entropy().mean(),
+            } | {f"reward/{name}": term.mean() for name, term in episode.metadata["reward_terms"].items()}
+            seen.append((len(episode), log))
+            lowest.append(episode.rewards.min())
+            group_rewards.append(episode.rewards.flatten(1).mean(1))
+        one_pass = episode.log_probs.requires_grad
+        if one_pass:
+            backward(episode, episode.policy, episode.log_probs)
+        if not one_pass or update_epochs > 1:
+            stored.append(episode.detach())
+    if stored and objective == "grpo" and kl_coef == 0 and entropy_coef == 0:
+        live = select_live(stored, pad_to)
+        stored = [live] if live is not None else []
+    if not one_pass:
+        replay(stored)
+    grad_norm = step()
+    for _ in range(1, update_epochs):
+        optimizer.zero_grad()
+        replay(stored)
+        grad_norm = step()
+
+    metrics = weighted_mean(seen) | weighted_mean(updated)
+    zero = torch.zeros_like(grad_norm)
+    metrics["loss"] = sum((count * log["loss"] for count, log in updated), zero) / (batch_size * update_epochs)
+    return metrics | {
+        "policy/ratio": metrics.get("policy/ratio", zero + 1),
+        "policy/clip_fraction": metrics.get("policy/clip_fraction", zero),
+        "policy/kl": metrics.get("policy/kl", zero),
+        "reward/min": torch.stack(lowest).min(),
+        "grad_norm": grad_norm,
+        "group_rewards": torch.cat(group_rewards),
+    }

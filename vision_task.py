@@ -1,0 +1,252 @@
+"""Classification of an image folder: data set, decoding, `prepare`, reward, metrics, pictures."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data_types import TensorMiniBatch
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+
+
+# --- Data -----------------------------------------------------------------------------------------------------------
+
+
+def find_images(root: str) -> list[str]:
+    """All image files at any depth below `root`, sorted; links are followed, hidden files and folders are not."""
+    found, visited = [], set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:  # a link in a circle
+            subfolders.clear()
+            continue
+        visited.add(real)
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        found += [
+            os.path.join(folder, name)
+            for name in files
+            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+        ]
+    return sorted(found)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any of Pillow's modes as 8-bit RGB: 16-bit grey is scaled, not clipped; transparency lies on white."""
+    if image.mode.startswith("I"):  # "I;16" and its byte orders; "I" is how 16-bit grey comes from some formats
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range; save it with 8 or 16 bits")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def decode_image(path: str, image_size: int) -> Tensor:
+    """The image file as uint8 [3, image_size, image_size], upright, resized (not cropped) with antialiasing.
+
+    Raises ValueError with one line that names the file.
+    """
+    try:
+        with Image.open(path) as image:
+            image.draft(None, (image_size, image_size))  # JPEG: decode at 1/2, 1/4, 1/8 where that is still enough
+            rgb = to_rgb(ImageOps.exif_transpose(image))
+        rgb = rgb.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: not a readable image ({reason}); repair or remove it") from error
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()  # [h, w, 3] -> [3, h, w]
+
+
+class VisionClassificationDataset(Dataset):
+    """An image folder: one subdirectory per class, images at any depth inside.
+
+    root: the folder. classes: the class names whose order gives the ids; None takes the sorted subdirectories of
+    `root` (of the training folder, that is; an evaluation folder is given the training folder's).
+    Item i is the decoded image, uint8 [3, image_size, image_size]. `targets` is [n] int64, `paths` the n file names.
+    Raises ValueError where there is no folder, no class, no image in a class, or a class not in `classes`.
+    """
+
+    def __init__(self, root: str, image_size: int, classes: list[str] | None = None):
+        if not os.path.isdir(root):
+            raise ValueError(f"{root}: no such folder; it should hold one subdirectory of images per class")
+        names = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+        if not names:
+            raise ValueError(f"{root}: no subdirectories; it should hold one subdirectory of images per class")
+        unknown = sorted(set(names) - set(names if classes is None else classes))
+        if unknown:
+            raise ValueError(f"{root}: classes unknown in the training folder: {', '.join(unknown)}")
+        self.root = root
+        self.image_size = image_size
+        self.classes = names if classes is None else list(classes)
+        self.paths: list[str] = []
+        targets = []
+        for name in names:
+            paths = find_images(os.path.join(root, name))
+            if not paths and classes is None:
+                raise ValueError(f"{os.path.join(root, name)}: no images ({' '.join(SUFFIXES)}); add some or remove it")
+            self.paths += paths
+            targets += [self.classes.index(name)] * len(paths)
+        if not self.paths:
+            raise ValueError(f"{root}: no images ({' '.join(SUFFIXES)}) in its subdirectories")
+        self.targets = torch.tensor(targets)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return decode_image(self.paths[index], self.image_size)
+
+    def batch(self, indices: Tensor, inputs: Tensor) -> TensorMiniBatch:
+        metadata = {"paths": [self.paths[i] for i in indices.tolist()], "indices": indices, "classes": self.classes}
+        return TensorMiniBatch(inputs, self.targets[indices], metadata)
+
+
+class _BatchDecoder(Dataset):
+    """What a loader's worker does: decode the images at `indices`. Hands an error back as a value, because DataLoader
+    would wrap its message in a worker's traceback."""
+
+    def __init__(self, dataset: VisionClassificationDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, indices: Tensor) -> TensorMiniBatch | ValueError:
+        try:
+            return self.dataset.batch(indices, torch.stack([self.dataset[i] for i in indices.tolist()]))
+        except ValueError as error:
+            return error
+
+
+def _ignore_signals(_worker_id: int) -> None:
+    """Ctrl-C and SIGTERM reach the whole process group; the main process finishes its step and ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def stream_batches(
+    dataset: VisionClassificationDataset,
+    order: Callable[[int], Tensor],
+    batch_size: int,
+    steps: range,
+    *,
+    num_workers: int = 0,
+    cache: bool = False,
+    pin_memory: bool = False,
+) -> Iterator[TensorMiniBatch]:
+    """The uint8 batches of the given steps of an endless pass over the data: epoch after epoch, no image dropped.
+
+    order(epoch): the epoch's permutation, [n]. Step s takes places s * batch_size … of the epochs laid end to end, so
+    the place in the data is a function of the step alone. Decoding runs in `num_workers` processes, ahead of need.
+    With `cache` decoded images are kept in memory, and after a whole epoch no file is opened any more.
+    Raises ValueError for a file that cannot be decoded.
+    """
+    n = len(dataset)
+    order = lru_cache(maxsize=2)(order)
+
+    def indices(step: int) -> Tensor:  # [batch_size]
+        places = torch.arange(step * batch_size, (step + 1) * batch_size)
+        epochs = range(int(places[0]) // n, int(places[-1]) // n + 1)
+        return torch.cat([order(epoch)[places[places // n == epoch] % n] for epoch in epochs])
+
+    decode = steps
+    store = None
+    if cache:
+        seen_all = (-(-steps.start * batch_size // n) + 1) * n  # where the first epoch entered at its start ends
+        decode = range(steps.start, min(steps.stop, -(-seen_all // batch_size)))
+        store = torch.empty(n, 3, dataset.image_size, dataset.image_size, dtype=torch.uint8)
+    loader = DataLoader(
+        _BatchDecoder(dataset),
+        sampler=(indices(step) for step in decode),
+        batch_size=None,  # an item is a batch already
+        num_workers=num_workers,
+        prefetch_factor=4 if num_workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=_ignore_signals,
+    )
+    for batch in loader:
+        if isinstance(batch, ValueError):
+            raise batch
+        if store is not None:
+            store[batch.metadata["indices"]] = batch.inputs
+        yield batch
+    for step in range(decode.stop, steps.stop):
+        batch = dataset.batch(indices(step), store[indices(step)])
+        yield batch.pin_memory() if pin_memory else batch
+
+
+def ordered_batches(dataset: VisionClassificationDataset, batch_size: int, **options) -> Iterator[TensorMiniBatch]:
+    """Every image once, in order; options as for `stream_batches`."""
+    n = len(dataset)
+    steps = range(-(-n // batch_size))
+    for step, batch in zip(steps, stream_batches(dataset, lambda _: torch.arange(n), batch_size, steps, **options)):
+        yield batch[: n - step * batch_size]  # the last batch is filled up from the next epoch
+
+
+def prepare(images: Tensor, mean: list[float], std: list[float], augment: bool = False) -> Tensor:
+    """uint8 [B, C, H, W] -> float32, scaled to [0, 1], normalised by channel; with `augment`, each image is mirrored
+    with probability 1/2 (drawn from torch's global generator)."""
+    if augment:
+        mirrored = torch.rand(len(images), device=images.device) < 0.5
+        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    to_tensor = partial(torch.tensor, device=images.device, dtype=torch.float32)
+    mean, std = to_tensor(mean)[:, None, None] * 255, to_tensor(std)[:, None, None] * 255
+    return (images - mean) / std
+
+
+# --- Reward ---------------------------------------------------------------------------------------------------------
+
+
+def classification_reward(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict) -> Tensor:
+    """1 for the right class, 0 otherwise. actions: [B, T, A] class ids; targets: [B]; returns [B, T, A] float."""
+    return (actions == targets[:, None, None]).float()
+
+
+# --- Metrics and pictures -------------------------------------------------------------------------------------------
+
+
+def predictive_entropy(probs: Tensor) -> Tensor:
+    """Entropy in nats of class probabilities [n, K]: [n]."""
+    return torch.special.entr(probs).sum(-1)
+
+
+def expected_calibration_error(probs: Tensor, targets: Tensor, num_bins: int = 15) -> Tensor:
+    """Mean gap of confidence and accuracy over equal-width bins of confidence, weighted by their counts (Guo et al.
+    2017, https://arxiv.org/abs/1706.04599). probs: [n, K]; targets: [n]."""
+    confidence, predicted = probs.max(-1)
+    edges = torch.linspace(0, 1, num_bins + 1, device=probs.device, dtype=probs.dtype)[1:-1]
+    bins = torch.bucketize(confidence, edges)  # bin i holds (edge i-1, edge i]
+    gap = confidence - (predicted == targets).to(confidence.dtype)
+    gaps = torch.zeros(num_bins, device=probs.device, dtype=probs.dtype).index_add(0, bins, gap)
+    return gaps.abs().sum() / len(targets)
+
+
+def classification_metrics(probs: Tensor, targets: Tensor) -> dict[str, float]:
+    """Accuracy, negative log-likelihood (nats) and expected calibration error of probs [n, K] against targets [n]."""
+    return {
+        "accuracy": float((probs.argmax(-1) == targets).double().mean()),
+        "nll": float(F.nll_loss(probs.clamp_min(torch.finfo(probs.dtype).tiny).log(), targets)),
+        "ece": float(expected_calibration_error(probs, targets)),
+    }
+
+
+def draw_predictions(images: Tensor, captions: list[list[str]], columns: int = 4, size: int = 128) -> Tensor:
+    """A grid of uint8 images [n, 3, H, W] over their captions (lines of text): uint8 [3, height, width]."""
+    line = 12
+    height = size + line * max(len(caption) for caption in captions) + 4
+    sheet = Image.new("RGB", (columns * size, -(-len(images) // columns) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, caption) in enumerate(zip(images, captions)):
+        x, y = i % columns * size, i // columns * height
+        tile = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize((size - 4, size - 4), Image.Resampling.NEAREST)
+        sheet.paste(tile, (x + 2, y + 2))
+        for j, text in enumerate(caption):
+            draw.text((x + 2, y + size + j * line), text[:20], fill="black")
+    return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
