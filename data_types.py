@@ -12,6 +12,10 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 
+class InputError(ValueError):
+    """Bad input: one line that names the file, key or value and what to do. `train.py` prints it and exits with 2."""
+
+
 @dataclass
 class TensorMiniBatch:
     """Images with what is known about them.

@@ -29,11 +29,9 @@ def find_images(root: str) -> list[str]:
             subfolders.clear()
             continue
         visited.add(real)
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         found += [
-            os.path.join(folder, name)
-            for name in files
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+            os.path.join(folder, name) for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")
         ]
     return sorted(found)
 
@@ -242,11 +240,11 @@ def draw_predictions(images: Tensor, captions: list[list[str]], columns: int = 4
     line = 12
     height = size + line * max(len(caption) for caption in captions) + 4
     sheet = Image.new("RGB", (columns * size, -(-len(images) // columns) * height), "white")
-    draw = ImageDraw.Draw(sheet)
     for i, (image, caption) in enumerate(zip(images, captions)):
-        x, y = i % columns * size, i // columns * height
-        tile = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize((size - 4, size - 4), Image.Resampling.NEAREST)
-        sheet.paste(tile, (x + 2, y + 2))
+        cell = Image.new("RGB", (size, height), "white")  # by itself, so that a long caption ends at its border
+        picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+        cell.paste(picture.resize((size - 4, size - 4), Image.Resampling.NEAREST), (2, 2))
         for j, text in enumerate(caption):
-            draw.text((x + 2, y + size + j * line), text[:20], fill="black")
+            ImageDraw.Draw(cell).text((2, size + j * line), text, fill="black")
+        sheet.paste(cell, (i % columns * size, i // columns * height))
     return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)

@@ -1,0 +1,296 @@
+"""The configuration: what every key means, its default, what it may be. Checked as a whole before anything starts."""
+
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import yaml
+
+from data_types import InputError
+
+
+@dataclass(frozen=True)
+class Key:
+    """One row of the schema. kind: int, float, bool, str, list (of three floats) or dict (of reward weights)."""
+
+    default: Any
+    kind: type
+    meaning: str
+    rule: str = ""  # what the value must be, as the message says it
+    valid: Callable[[Any], bool] = lambda value: True
+    optional: bool = False  # null is allowed
+
+
+def at_least(low: float) -> dict:
+    return {"rule": f">= {low}", "valid": lambda value: value >= low}
+
+
+def one_of(*choices: str) -> dict:
+    return {"rule": " | ".join(choices), "valid": lambda value: value in choices}
+
+
+POSITIVE = {"rule": "> 0", "valid": lambda value: value > 0}
+FRACTION = {"rule": ">= 0 and < 1", "valid": lambda value: 0 <= value < 1}
+CHANNELS = {"rule": "three numbers", "valid": lambda value: len(value) == 3}
+
+SCHEMA: dict[str, Key] = {
+    "model.image_size": Key(224, int, "height and width images are resized to, pixels", **at_least(1)),
+    "model.patch_size": Key(16, int, "height and width of a patch, pixels; divides image_size", **at_least(1)),
+    "model.embed_dim": Key(192, int, "width of the tokens", **at_least(1)),
+    "model.depth": Key(12, int, "encoder blocks", **at_least(1)),
+    "model.num_heads": Key(3, int, "attention heads; divides embed_dim", **at_least(1)),
+    "model.mlp_ratio": Key(4.0, float, "hidden width of the MLP / embed_dim", **POSITIVE),
+    "model.dropout": Key(0.1, float, "probability of a zero in a mask", **FRACTION),
+    "model.dropout_blocks": Key(
+        None, int, "dropout in the last k blocks only; null: everywhere", **at_least(1), optional=True
+    ),
+    "model.num_classes": Key(None, int, "null: the classes of data.train_dir", **at_least(2), optional=True),
+    "model.checkpoint_path": Key(
+        None, str, "weights to start from: a checkpoint of this repo or a state dict", optional=True
+    ),
+    "model.compile": Key(False, bool, "torch.compile the model"),
+    "data.train_dir": Key("data/train", str, "image folder, one subdirectory per class"),
+    "data.eval_dir": Key("data/eval", str, "image folder of the same classes; null: no evaluation", optional=True),
+    "data.mean": Key([0.485, 0.456, 0.406], list, "mean of the red, green, blue channels in [0, 1]", **CHANNELS),
+    "data.std": Key(
+        [0.229, 0.224, 0.225],
+        list,
+        "standard deviation of the channels",
+        rule="three numbers > 0",
+        valid=lambda value: len(value) == 3 and min(value) > 0,
+    ),
+    "data.augment": Key(False, bool, "mirror half of the training images left to right"),
+    "data.num_workers": Key(1, int, "processes that decode images; 0: the main process", **at_least(0)),
+    "data.cache": Key(
+        "auto", str, "keep decoded images in memory; auto: if they fit", **one_of("auto", "always", "never")
+    ),
+    "data.cache_limit_gb": Key(4.0, float, "what fits, for cache: auto, in GB", **at_least(0)),
+    "rollout.num_mc_samples": Key(4, int, "T, Monte Carlo Dropout passes per image", **at_least(1)),
+    "rollout.actions_per_sample": Key(16, int, "A, actions drawn per pass (1 for action: argmax)", **at_least(1)),
+    "rollout.action": Key(
+        "sample", str, "an action is drawn from the policy, or its mode", **one_of("sample", "argmax")
+    ),
+    "rollout.advantage": Key("maxrl", str, "estimator of the advantages", **one_of("grpo", "rloo", "maxrl")),
+    "rollout.reward": Key(
+        {"classification_reward": 1.0},
+        dict,
+        "a function of the task's module or path/to/file.py:function; several: a list, or a mapping name -> weight",
+        rule="at least one name",
+        valid=lambda value: len(value) > 0,
+    ),
+    "training.objective": Key("grpo", str, "learn from rewards, or from labels", **one_of("grpo", "supervised")),
+    "training.steps": Key(1000, int, "batches of experience to learn from", **at_least(1)),
+    "training.batch_size": Key(64, int, "images per step", **at_least(1)),
+    "training.micro_batch_size": Key(
+        None, int, "images at a time, memory follows it; null: batch_size", **at_least(1), optional=True
+    ),
+    "training.learning_rate": Key(1e-3, float, "AdamW's, at its highest", **POSITIVE),
+    "training.min_learning_rate": Key(0.0, float, "where the cosine ends", **at_least(0)),
+    "training.warmup_steps": Key(50, int, "steps of linear warm-up", **at_least(0)),
+    "training.weight_decay": Key(0.05, float, "of weight matrices; biases, norms, tokens have none", **at_least(0)),
+    "training.betas": Key(
+        [0.9, 0.999],
+        list,
+        "AdamW's",
+        rule="two numbers >= 0 and < 1",
+        valid=lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
+    ),
+    "training.max_grad_norm": Key(1.0, float, "gradients are clipped to this norm", **POSITIVE),
+    "training.clip_low": Key(0.2, float, "the ratio is clipped below 1 - clip_low", **FRACTION),
+    "training.clip_high": Key(0.28, float, "the ratio is clipped above 1 + clip_high", **at_least(0)),
+    "training.update_epochs": Key(1, int, "optimizer steps per rollout", **at_least(1)),
+    "training.kl_coef": Key(0.0, float, "weight of KL(policy || the model training started from)", **at_least(0)),
+    "training.entropy_coef": Key(0.0, float, "weight of the entropy bonus", **at_least(0)),
+    "training.device": Key("auto", str, "auto (cuda, mps, cpu in this order), cpu, cuda, cuda:1, mps"),
+    "training.dtype": Key(
+        "auto",
+        str,
+        "auto: bfloat16 autocast where the GPU has it, else float32",
+        **one_of("auto", "float32", "bfloat16"),
+    ),
+    "training.seed": Key(0, int, "all randomness is a function of it", **at_least(0)),
+    "training.ckpt_dir": Key("ckpt", str, "checkpoints go to ckpt_dir/run_name"),
+    "training.log_dir": Key("logs", str, "TensorBoard events go to log_dir/run_name"),
+    "training.run_name": Key(None, str, "null: the config file's name", optional=True),
+    "training.log_interval": Key(10, int, "steps between points in TensorBoard", **at_least(1)),
+    "training.eval_interval": Key(100, int, "steps between evaluations", **at_least(1)),
+    "training.save_interval": Key(200, int, "steps between checkpoints", **at_least(1)),
+    "training.keep_checkpoints": Key(3, int, "step_*.pt files to keep; last.pt and best.pt stay", **at_least(1)),
+}
+
+
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "",
+    list: "a list of",
+    dict: "a list or a mapping name: weight of",
+}
+
+
+def flatten(nested: Any, source: str) -> dict[str, Any]:
+    """{section: {key: value}} -> {"section.key": value}; raises InputError for anything else."""
+    if not isinstance(nested, dict):
+        raise InputError(f"{source}: should hold sections of keys, not {type(nested).__name__}")
+    flat = {}
+    for section, keys in nested.items():
+        if keys is not None and not isinstance(keys, dict):
+            raise InputError(f"{source}: {section}: should be a section of keys{suggest(str(section))}")
+        flat |= {f"{section}.{key}": value for key, value in (keys or {}).items()}
+    return flat
+
+
+def nest(flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The inverse of `flatten`."""
+    nested: dict[str, dict] = {}
+    for name, value in flat.items():
+        section, key = name.split(".")
+        nested.setdefault(section, {})[key] = value
+    return nested
+
+
+def suggest(name: str) -> str:
+    """The nearest known key, as the end of a message."""
+    near = difflib.get_close_matches(name, SCHEMA, 1, 0.4)
+    same = [known for known in SCHEMA if known.split(".")[1] == name.split(".")[-1]]
+    return f"; did you mean {(same or near)[0]}?" if same or near else "; --help lists the keys"
+
+
+def convert(name: str, value: Any) -> Any:
+    """`value` as the type and in the range that the key `name` asks for; raises InputError."""
+    key = SCHEMA[name]
+    if value is None and key.optional:
+        return None
+    wanted = " ".join(filter(None, [KINDS[key.kind], key.rule, "or null" if key.optional else ""])) or "a text"
+    error = InputError(f"{name}: {value!r} is not allowed; expected {wanted}")
+    try:
+        if key.kind is float:
+            value = number(value)
+        elif key.kind is list:
+            value = [number(x) for x in value] if isinstance(value, list) else None
+        elif key.kind is dict:
+            names = [value] if isinstance(value, str) else value
+            weights = names if isinstance(names, dict) else dict.fromkeys(names, 1.0)
+            value = {name: number(weight) for name, weight in weights.items()}
+            if not all(isinstance(k, str) for k in value):
+                raise error
+        if type(value) is not key.kind or not key.valid(value):
+            raise error
+    except (TypeError, ValueError, OverflowError):
+        raise error from None
+    return value
+
+
+def number(value: Any) -> float:
+    """A finite float; YAML reads 1e-4 as a string, as it has no dot."""
+    if isinstance(value, bool) or not math.isfinite(float(value)):
+        raise ValueError
+    return float(value)
+
+
+def check_pairs(config: dict[str, Any]) -> None:
+    """Raises InputError for values that are impossible together."""
+    c = SimpleNamespace(**{name.split(".")[1]: value for name, value in config.items()})
+    sampled = c.action == "sample"
+    group = c.num_mc_samples * (c.actions_per_sample if sampled else 1)
+    micro = c.micro_batch_size or c.batch_size
+    for bad, message in (
+        (
+            c.image_size % c.patch_size,
+            f"model.image_size: {c.image_size} is not a multiple of model.patch_size: {c.patch_size}",
+        ),
+        (
+            c.embed_dim % c.num_heads,
+            f"model.embed_dim: {c.embed_dim} is not a multiple of model.num_heads: {c.num_heads}",
+        ),
+        (
+            int(c.embed_dim * c.mlp_ratio) < 1,
+            f"model.mlp_ratio: {c.mlp_ratio} of embed_dim {c.embed_dim} leaves no hidden unit",
+        ),
+        (
+            (c.dropout_blocks or 0) > c.depth,
+            f"model.dropout_blocks: {c.dropout_blocks} is more than model.depth: {c.depth}",
+        ),
+        (
+            not sampled and c.dropout == 0,
+            "rollout.action: argmax explores by dropout alone; raise model.dropout above 0",
+        ),
+        (not sampled and c.num_mc_samples < 2, "rollout.action: argmax needs rollout.num_mc_samples >= 2"),
+        (
+            c.num_mc_samples > 1 and c.dropout == 0,
+            f"rollout.num_mc_samples: {c.num_mc_samples} passes without dropout are all the same; "
+            "set it to 1 or model.dropout above 0",
+        ),
+        (
+            c.objective == "grpo" and group < 2,
+            "rollout.actions_per_sample: a group needs two actions; raise it or rollout.num_mc_samples",
+        ),
+        (micro > c.batch_size, f"training.micro_batch_size: {micro} is more than training.batch_size: {c.batch_size}"),
+        (c.warmup_steps > c.steps, f"training.warmup_steps: {c.warmup_steps} is more than training.steps: {c.steps}"),
+        (
+            c.min_learning_rate > c.learning_rate,
+            f"training.min_learning_rate: {c.min_learning_rate} is above training.learning_rate: {c.learning_rate}",
+        ),
+    ):
+        if bad:
+            raise InputError(message)
+
+
+def check(*layers: tuple[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """(source, {"section.key": value}), … -> the whole nested config; a later layer wins, defaults fill the rest.
+
+    Raises InputError, which names the layer's source for a key that is unknown.
+    """
+    flat = {}
+    for source, layer in layers:
+        for name in layer:
+            if name not in SCHEMA:
+                raise InputError(f"{source}: unknown key {name}{suggest(name)}")
+        flat |= layer
+    config = {name: convert(name, flat.get(name, key.default)) for name, key in SCHEMA.items()}
+    check_pairs(config)
+    return nest(config)
+
+
+def one_line(error: Exception) -> str:
+    """The text of an exception without its line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The keys a config file sets, flat. Raises InputError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            nested = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror if isinstance(error, OSError) else 'not UTF-8'})"
+        ) from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise InputError(f"{path}: not valid YAML ({one_line(error)})") from None
+    return flatten({} if nested is None else nested, path)
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """ "section.key=value" of the command line -> (name, value). Raises InputError."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"{text}: not an option; keys are overridden as section.key=value")
+    try:
+        return name, yaml.safe_load(value)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise InputError(f"{text}: not valid YAML ({one_line(error)})") from None
+
+
+def describe_keys() -> str:
+    """The keys with their meaning and default, for --help."""
+    lines = []
+    for name, key in SCHEMA.items():
+        default = "null" if key.default is None else yaml.safe_dump(key.default, default_flow_style=True).split("\n")[0]
+        rule = f" [{key.rule}]" if key.rule else ""
+        lines.append(f"  {name} = {default}\n      {key.meaning}{rule}")
+    return "\n".join(lines)

@@ -1,0 +1,495 @@
+"""Trains a Vision Transformer on an image folder from rewards.
+
+    uv run train.py --config config_digits.yaml
+    uv run train.py --config config_digits.yaml training.learning_rate=5e-4 rollout.advantage=grpo
+    uv run train.py --resume ckpt/config_digits
+    uv run train.py --evaluate ckpt/config_digits
+
+The story: config -> data -> model -> (rollout -> reward -> update -> log -> evaluate -> save)*.
+"""
+
+import argparse
+import copy
+import importlib.util
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import yaml
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.utils.tensorboard import SummaryWriter
+
+import vision_task
+from checkpoint import load_checkpoint, load_weights, save_checkpoint
+from config import check, describe_keys, flatten, one_line, parse_override, read_yaml
+from data_types import Episode, InputError, TensorMiniBatch
+from grpo import Reward, classification_policy_adapter, keyed_rng, rollout, update_policy
+from vision_task import VisionClassificationDataset, ordered_batches, prepare, stream_batches
+from vit_model import VisionTransformer
+
+REPLAY_BELOW = 0.6  # share of live groups below which a forward pass without a graph + a replay of the live is cheaper
+WARN_DEAD_STEPS = 50
+IMAGES_SHOWN = 16
+
+
+# --- What the config's words stand for --------------------------------------------------------------------------------
+
+
+def load_rewards(weights: dict[str, float]) -> dict[str, tuple[Reward, float]]:
+    """rollout.reward, name -> weight, as name -> (function, weight). A name is a function of vision_task, or
+    path/to/file.py:function. Raises InputError."""
+    rewards = {}
+    for name, weight in weights.items():
+        file, colon, function = name.rpartition(":")
+        module = vision_task
+        if colon:
+            try:
+                spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+                module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+            except Exception as error:  # whatever the user's file raises
+                raise InputError(f"rollout.reward: {file} cannot be loaded ({one_line(error)})") from error
+        reward = getattr(module, function, None)
+        if not callable(reward):
+            where = file if colon else "vision_task; one of your own is path/to/file.py:function"
+            raise InputError(f"rollout.reward: no function {function} in {where}")
+        rewards[name] = reward, weight
+    return rewards
+
+
+def pick_device(name: str) -> torch.device:
+    """training.device as a device that works here; raises InputError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"training.device: {name} is not available here ({one_line(error)[:80]})") from None
+
+
+def pick_autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """training.dtype as the dtype of the forward pass, None for plain float32."""
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and has_bfloat16) else None
+
+
+def build_model(config: dict, num_classes: int, device: torch.device) -> VisionTransformer:
+    shape = {k: v for k, v in config["model"].items() if k not in ("num_classes", "checkpoint_path", "compile")}
+    dtype = pick_autocast_dtype(config["training"]["dtype"], device)
+    with keyed_rng(config["training"]["seed"], "init"):
+        return VisionTransformer(**shape, num_classes=num_classes, autocast_dtype=dtype).to(device)
+
+
+def build_optimizer(model: VisionTransformer, training: SimpleNamespace) -> torch.optim.AdamW:
+    """AdamW; no weight decay on biases, norms, class token and position embedding."""
+    plain = {name for name, p in model.named_parameters() if p.ndim < 2} | {"cls_token", "pos_embed"}
+    groups = [
+        {
+            "params": [p for name, p in model.named_parameters() if name not in plain],
+            "weight_decay": training.weight_decay,
+        },
+        {"params": [p for name, p in model.named_parameters() if name in plain], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=tuple(training.betas), fused=True)
+
+
+def learning_rate(step: int, training: SimpleNamespace) -> float:
+    """Linear warm-up, then half a cosine."""
+    if step < training.warmup_steps:
+        return training.learning_rate * (step + 1) / training.warmup_steps
+    progress = (step - training.warmup_steps) / max(training.steps - training.warmup_steps, 1)
+    low, high = training.min_learning_rate, training.learning_rate
+    return low + (high - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def predict(
+    model, batches: Iterator[TensorMiniBatch], config: dict, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Class probabilities of the deterministic network and of the mean over T passes, both [n, K], and targets [n]."""
+    data = config["data"]
+    rows = []
+    for index, batch in enumerate(batches):
+        inputs = prepare(batch.to(device).inputs, data["mean"], data["std"])
+        with keyed_rng(config["training"]["seed"], "evaluation", index):
+            masks = model.sample_masks(len(inputs), config["rollout"]["num_mc_samples"])
+        deterministic = classification_policy_adapter(model(inputs)).probs  # [B, K]
+        over_passes = classification_policy_adapter(model(inputs, masks)).probs.mean(1)  # [B, T, K] -> [B, K]
+        rows.append((deterministic.cpu(), over_passes.cpu(), batch.targets))
+    return tuple(torch.cat(column) for column in zip(*rows))
+
+
+def eval_figures(deterministic: Tensor, over_passes: Tensor, targets: Tensor) -> dict[str, float]:
+    """Accuracy, NLL and ECE of both predictors: eval/… of the deterministic network, eval_mc/… of the mean over passes."""
+    figures = {}
+    for name, probs in (("eval", deterministic), ("eval_mc", over_passes)):
+        figures |= {f"{name}/{k}": v for k, v in vision_task.classification_metrics(probs, targets).items()}
+    return figures
+
+
+def most_uncertain(dataset: VisionClassificationDataset, over_passes: Tensor, targets: Tensor) -> Tensor:
+    """A picture of the eval images with true class, prediction and uncertainty (predictive entropy, nats)."""
+    entropy = vision_task.predictive_entropy(over_passes)
+    shown = entropy.argsort(descending=True)[:IMAGES_SHOWN].tolist()
+    names = dataset.classes
+    captions = [
+        [
+            f"true {names[int(targets[i])]}",
+            f"{names[int(over_passes[i].argmax())]} ({float(over_passes[i].max()):.0%})",
+            f"entropy {float(entropy[i]):.2f}",
+        ]
+        for i in shown
+    ]
+    return vision_task.draw_predictions(torch.stack([dataset[i] for i in shown]), captions)
+
+
+def eval_line(figures: dict[str, float]) -> str:
+    return "  ".join(
+        f"{'network' if name == 'eval' else 'mean over passes'}: accuracy {figures[f'{name}/accuracy']:.4f}"
+        f" NLL {figures[f'{name}/nll']:.4f} ECE {figures[f'{name}/ece']:.4f}"
+        for name in ("eval", "eval_mc")
+    )
+
+
+# --- Watching ---------------------------------------------------------------------------------------------------------
+
+
+def read_rows(rows: list[dict[str, Tensor]], first_step: int, advantage: str) -> dict[str, list[float]]:
+    """The metrics of some steps in one copy from the device: name -> its values. Raises InputError where one of them
+    shows that the run cannot go on; the weights were not touched from that step on (see `grpo.optimizer_step`)."""
+    names = [name for name in rows[0] if name != "group_rewards"]
+    table = torch.stack([torch.stack([row[name].float() for name in names]) for row in rows]).cpu()
+    values = dict(zip(names, table.T.tolist()))
+    for i in range(len(rows)):
+        at = f"at step {first_step + i}"
+        for name in names:
+            if name.startswith("reward/") and not math.isfinite(values[name][i]):
+                term = name.removeprefix("reward/")
+                who = "the sum of rewards" if term in ("mean", "std", "min") else term
+                raise InputError(f"rollout.reward: {who} returned {values[name][i]} {at}; expected finite numbers")
+        if advantage == "maxrl" and values["reward/min"][i] < 0:
+            raise InputError(
+                f"rollout.reward: returned {values['reward/min'][i]:g} {at}; rollout.advantage: maxrl expects "
+                "rewards >= 0: add a constant to it, or take rloo"
+            )
+        if not (math.isfinite(values["loss"][i]) and math.isfinite(values["grad_norm"][i])):
+            raise InputError(
+                f"the loss is {values['loss'][i]:g}, the gradient norm {values['grad_norm'][i]:g} {at}; the weights "
+                "were not touched: go on from the last checkpoint (--resume) with a lower training.learning_rate"
+            )
+    return values
+
+
+class Console:
+    """Lines that stay, and a progress line that rewrites itself on a terminal; elsewhere a plain line now and then."""
+
+    def __init__(self):
+        self.terminal = sys.stdout.isatty()
+        self.next_time = 0.0
+
+    def line(self, text: str) -> None:
+        print(f"\r\033[K{text}" if self.terminal else text, flush=True)
+
+    def progress(self, text: str) -> None:
+        if self.terminal:
+            columns = os.get_terminal_size(sys.stdout.fileno()).columns
+            print(f"\r\033[K{text[: columns - 1]}", end="", flush=True)
+        elif time.monotonic() >= self.next_time:
+            print(text, flush=True)
+            self.next_time = time.monotonic() + 10
+
+
+# --- The story --------------------------------------------------------------------------------------------------------
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"keys, with their defaults:\n{describe_keys()}",
+    )
+    parser.add_argument("--config", default="config.yaml", metavar="FILE", help="the run's YAML file (config.yaml)")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--resume",
+        metavar="DIR|auto",
+        help="go on with the run of ckpt/<run> and its config; auto: this config's run, if it exists",
+    )
+    mode.add_argument(
+        "--evaluate", metavar="DIR", help="print the eval figures of ckpt/<run> (last.pt) or of a file in it"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override keys of the config")
+    return parser.parse_intermixed_args(argv)
+
+
+def train(args: argparse.Namespace) -> int:
+    console = Console()
+
+    # Config: the file's keys, or the checkpoint's when a run goes on; the command line wins.
+    overrides = "command line", dict(map(parse_override, args.overrides))
+    run_name = {"training.run_name": Path(args.config).stem}
+    state, checkpoint = None, args.resume or args.evaluate
+    if checkpoint in (None, "auto"):
+        config = check((args.config, run_name), (args.config, read_yaml(args.config)), overrides)
+        run_dir = Path(config["training"]["ckpt_dir"], config["training"]["run_name"])
+        checkpoint = run_dir if checkpoint == "auto" and (run_dir / "last.pt").exists() else None
+    if checkpoint:
+        run_dir = Path(checkpoint)
+        state = load_checkpoint(run_dir)
+        config = check((str(run_dir), flatten(state["config"], str(run_dir))), overrides)
+        config["training"] |= {"ckpt_dir": str(run_dir.parent), "run_name": run_dir.name}
+    data, roll, training = (SimpleNamespace(**config[section]) for section in ("data", "rollout", "training"))
+    log_dir = Path(training.log_dir, training.run_name)
+    if not args.resume and not args.evaluate:
+        for used in (run_dir, log_dir):
+            if used.is_dir() and any(used.iterdir()):
+                raise InputError(
+                    f"{used} exists: go on with --resume auto, or name a new run with training.run_name=NAME"
+                )
+    rewards = load_rewards(roll.reward)
+    micro_batch_size = training.micro_batch_size or training.batch_size
+
+    # Data: class ids are the sorted folder names of the training folder.
+    image_size = config["model"]["image_size"]
+    classes = state["classes"] if state else None
+    train_set = eval_set = None
+    if not args.evaluate:
+        train_set = VisionClassificationDataset(data.train_dir, image_size, classes)
+        classes = train_set.classes
+        console.line(f"{data.train_dir}: {len(train_set)} images of {len(classes)} classes")
+    if data.eval_dir and (Path(data.eval_dir).exists() or args.evaluate):
+        eval_set = VisionClassificationDataset(data.eval_dir, image_size, classes)
+        console.line(f"{data.eval_dir}: {len(eval_set)} images")
+    elif args.evaluate:
+        raise InputError("data.eval_dir: null; --evaluate needs a folder of images")
+    else:
+        reason = f"{data.eval_dir}: no such folder" if data.eval_dir else "null"
+        console.line(f"data.eval_dir: {reason}; training without evaluation")
+    num_classes = config["model"]["num_classes"] or len(classes)
+    if num_classes != len(classes):
+        raise InputError(
+            f"model.num_classes: {num_classes}, but {data.train_dir} holds {len(classes)} classes; set it to null"
+        )
+    size = 3 * image_size**2 * sum(len(d) for d in (train_set, eval_set) if d)
+    cache = data.cache == "always" or (data.cache == "auto" and size <= data.cache_limit_gb * 1e9)
+    if not args.evaluate:
+        kept = "kept in memory after the first epoch" if cache else "decoded again each epoch"
+        console.line(f"data.cache: {data.cache}: {size / 1e6:.0f} MB of decoded images, {kept}")
+
+    # Model.
+    device = pick_device(training.device)
+    model = build_model(config, num_classes, device)
+    if config["model"]["checkpoint_path"] and not state:
+        console.line(load_weights(model, config["model"]["checkpoint_path"]))
+    if state:
+        try:
+            model.load_state_dict(state["model"])
+        except RuntimeError:
+            raise InputError(f"{run_dir}: its weights do not fit the model section; drop the model.* keys") from None
+    reference = None
+    if training.kl_coef:
+        reference = copy.deepcopy(model).requires_grad_(False)
+        if state and "reference" not in state:
+            raise InputError(
+                "training.kl_coef: this run keeps no reference; start a new one with model.checkpoint_path"
+            )
+        if state:
+            reference.load_state_dict(state["reference"])
+    if config["model"]["compile"]:
+        torch._dynamo.config.recompile_limit = 32  # each shape is compiled once, there are about ten
+        for network in filter(None, (model, reference)):
+            network.compile(fullgraph=True, dynamic=False)
+    console.line(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}, "
+        f"{'bfloat16 autocast' if model.autocast_dtype else 'float32'}"
+    )
+
+    loader = {"num_workers": data.num_workers, "pin_memory": device.type == "cuda"}
+    eval_batches = None  # decoded once, if they are kept
+
+    def evaluate() -> tuple[Tensor, Tensor, Tensor]:
+        nonlocal eval_batches
+        batches = eval_batches or ordered_batches(eval_set, micro_batch_size, **loader)
+        if cache:
+            batches = eval_batches = list(batches)
+        return predict(model, batches, config, device)
+
+    if args.evaluate:
+        console.line(f"step {state['step']}: {eval_line(eval_figures(*evaluate()))}")
+        return 0
+
+    optimizer = build_optimizer(model, training)
+    start, best_accuracy, live_share, dead_steps, rows = 0, -1.0, 1.0, 0, []
+    if state:
+        hyperparameters = [{k: group[k] for k in ("weight_decay", "betas")} for group in optimizer.param_groups]
+        optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(optimizer.param_groups, hyperparameters):
+            group |= own  # may be overridden
+        start, best_accuracy, live_share, dead_steps, rows = (
+            state[name] for name in ("step", "best_accuracy", "live_share", "dead_steps", "rows")
+        )
+        console.line(f"{run_dir}: going on after step {start}")
+        if start >= training.steps:
+            console.line(f"nothing to do: training.steps is {training.steps}")
+            return 0
+
+    def order(epoch: int) -> Tensor:
+        with keyed_rng(training.seed, "order", epoch):
+            return torch.randperm(len(train_set))
+
+    def episodes(batch: TensorMiniBatch, step: int, keep_graph: bool) -> Iterator[Episode]:
+        for index in range(0, len(batch), micro_batch_size):
+            part = batch[index : index + micro_batch_size]
+            with keyed_rng(training.seed, step, "flips", index):
+                part = replace(part, inputs=prepare(part.inputs, data.mean, data.std, data.augment))
+            yield rollout(
+                model,
+                part,
+                rewards,
+                classification_policy_adapter,
+                num_mc_samples=roll.num_mc_samples,
+                actions_per_sample=roll.actions_per_sample,
+                action=roll.action,
+                advantage=roll.advantage,
+                key=(training.seed, step, index),
+                keep_graph=keep_graph,
+            )
+
+    def save(best: bool) -> Path:
+        progress = {"step": step + 1, "best_accuracy": best_accuracy, "live_share": live_share}
+        progress |= {"dead_steps": dead_steps, "rows": rows, "config": config, "classes": classes}
+        weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        if reference:
+            weights["reference"] = reference.state_dict()
+        if writer:
+            writer.flush()
+        return save_checkpoint(progress | weights, run_dir, best=best, keep=training.keep_checkpoints)
+
+    stop: list[int] = []  # the signal that asked for it
+
+    def on_signal(number: int, _frame) -> None:
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
+    # Train: rollout -> reward -> update -> log -> evaluate -> save.
+    batches = stream_batches(train_set, order, training.batch_size, range(start, training.steps), cache=cache, **loader)
+    may_replay = training.objective == "grpo" and training.kl_coef == training.entropy_coef == 0
+    writer = None
+    begin = interval_begin = time.perf_counter()
+    interval_steps, waited = 0, 0.0
+    for step in range(start, training.steps):
+        before = time.perf_counter()
+        batch = next(batches).to(device)
+        waited += time.perf_counter() - before
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, training)
+        keep_graph = not may_replay or live_share >= REPLAY_BELOW
+        rows.append(
+            update_policy(
+                model,
+                optimizer,
+                episodes(batch, step, keep_graph),
+                batch_size=training.batch_size,
+                micro_batch_size=micro_batch_size,
+                policy_adapter=classification_policy_adapter,
+                objective=training.objective,
+                clip_low=training.clip_low,
+                clip_high=training.clip_high,
+                update_epochs=training.update_epochs,
+                kl_coef=training.kl_coef,
+                entropy_coef=training.entropy_coef,
+                reference=reference,
+                max_grad_norm=training.max_grad_norm,
+                pad_to=max(micro_batch_size // 4, 1) if config["model"]["compile"] else 1,
+            )
+        )
+        done, interval_steps = step + 1, interval_steps + 1
+        stopping = bool(stop)
+        log_due = done % training.log_interval == 0 or done in (1, training.steps)
+        eval_due = eval_set is not None and (done % training.eval_interval == 0 or done == training.steps)
+        save_due = done % training.save_interval == 0 or done == training.steps or stopping
+        Distribution.set_default_validate_args(False)  # the first step was checked
+        if not (log_due or eval_due or save_due):
+            continue
+
+        values = read_rows(rows, done - len(rows) + 1, roll.advantage)
+        writer = writer or SummaryWriter(log_dir, purge_step=start + 1)
+        if done == 1:
+            writer.add_text("config", f"```\n{yaml.safe_dump(config, sort_keys=False)}```", 1)
+        if log_due:
+            means = {name: sum(column) / len(column) for name, column in values.items()}
+            live_share = means["groups/live"]
+            seconds = time.perf_counter() - interval_begin
+            speed = interval_steps * training.batch_size / seconds
+            for name, value in means.items():
+                writer.add_scalar(name, value, done)
+            writer.add_scalar("learning_rate", learning_rate(step, training), done)
+            writer.add_scalar("speed/images_per_second", speed, done)
+            writer.add_scalar("speed/data_wait", waited / seconds, done)
+            left = int((time.perf_counter() - begin) / (done - start) * (training.steps - done))
+            console.progress(
+                f"step {done}/{training.steps}  reward {means['reward/mean']:.3f}  live groups {live_share:.0%}  "
+                f"{speed:.0f} images/s  {left // 60}:{left % 60:02d} left"
+            )
+            for live in values["groups/live"]:
+                dead_steps = 0 if live > 0 else dead_steps + 1
+                if dead_steps == WARN_DEAD_STEPS and training.objective == "grpo":
+                    console.line(
+                        f"warning: no live group in {WARN_DEAD_STEPS} steps: the rewards of every group are all equal, so "
+                        "nothing is learned. Try more rollout.actions_per_sample or num_mc_samples, rollout.action: "
+                        "sample, a reward with partial credit, or supervised weights to start from "
+                        "(model.checkpoint_path)"
+                    )
+        best = False
+        if eval_due:
+            probs = evaluate()
+            figures = eval_figures(*probs)
+            for name, value in figures.items():
+                writer.add_scalar(name, value, done)
+            writer.add_histogram("groups/success_rate", torch.cat([row["group_rewards"] for row in rows]).cpu(), done)
+            writer.add_image("eval/most_uncertain", most_uncertain(eval_set, *probs[1:]), done)
+            best = figures["eval/accuracy"] > best_accuracy
+            best_accuracy = max(figures["eval/accuracy"], best_accuracy)
+            console.line(f"step {done}: {eval_line(figures)}")
+        if log_due:
+            rows = []
+        if save_due or best:
+            path = save(best)
+        if log_due or eval_due or save_due:
+            interval_begin, interval_steps, waited = time.perf_counter(), 0, 0.0
+        if stopping:
+            break
+    writer.close()
+    if stopping and done < training.steps:
+        console.line(f"stopped after step {done}, saved {path}; go on with --resume {run_dir}")
+        return 128 + stop[0]
+    console.line(f"done: {path}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 0, 2 for bad input, 130 or 143 after Ctrl-C or SIGTERM."""
+    try:
+        return train(parse(argv))
+    except InputError as error:
+        print(f"\ntrain.py: {error}" if sys.stdout.isatty() else f"train.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
