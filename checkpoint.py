@@ -60,10 +60,12 @@ def save_checkpoint(state: State, directory: Path, *, best: bool, keep: int) -> 
             if old != path:
                 old.unlink()
     except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when a write comes out short
-        with suppress(OSError):
-            temporary.unlink()
         reason = getattr(error, "strerror", None) or "the write came out short: is the disk full?"
         raise InputError(f"{path}: cannot be written ({reason}); earlier checkpoints are untouched") from error
+    finally:  # what failed just now, or was killed once
+        with suppress(OSError):
+            for temporary in directory.glob(".*.pt.tmp"):
+                temporary.unlink()
     return path
 
 
@@ -74,7 +76,7 @@ def read_file(path: Path) -> Any:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # unpickling a damaged file may raise nearly anything
-        reason = (str(error).split("\n")[0] or type(error).__name__).strip()
+        reason = getattr(error, "strerror", None) or "damaged, or more than tensors and plain values"
         raise InputError(f"{path}: not a checkpoint that can be read ({reason})") from None
 
 

@@ -114,7 +114,14 @@ SCHEMA: dict[str, Key] = {
     "training.seed": Key(0, int, "all randomness is a function of it", **at_least(0)),
     "training.ckpt_dir": Key("ckpt", str, "checkpoints go to ckpt_dir/run_name"),
     "training.log_dir": Key("logs", str, "TensorBoard events go to log_dir/run_name"),
-    "training.run_name": Key(None, str, "null: the config file's name", optional=True),
+    "training.run_name": Key(
+        None,
+        str,
+        "null: the config file's name",
+        rule="the name of a folder",
+        valid=lambda value: value not in ("", ".", "..") and "/" not in value,
+        optional=True,
+    ),
     "training.log_interval": Key(10, int, "steps between points in TensorBoard", **at_least(1)),
     "training.eval_interval": Key(100, int, "steps between evaluations", **at_least(1)),
     "training.save_interval": Key(200, int, "steps between checkpoints", **at_least(1)),
@@ -139,7 +146,8 @@ def flatten(nested: Any, source: str) -> dict[str, Any]:
     flat = {}
     for section, keys in nested.items():
         if keys is not None and not isinstance(keys, dict):
-            raise InputError(f"{source}: {section}: should be a section of keys{suggest(str(section))}")
+            hint = "" if section in nest(dict.fromkeys(SCHEMA)) else suggest(str(section))
+            raise InputError(f"{source}: {one_line(str(section))}: should be a section of keys{hint}")
         flat |= {f"{section}.{key}": value for key, value in (keys or {}).items()}
     return flat
 
@@ -165,7 +173,8 @@ def convert(name: str, value: Any) -> Any:
     key = SCHEMA[name]
     if value is None and key.optional:
         return None
-    wanted = " ".join(filter(None, [KINDS[key.kind], key.rule, "or null" if key.optional else ""])) or "a text"
+    kind = KINDS[key.kind] or ("" if key.rule else "a text")
+    wanted = " ".join(filter(None, [kind, key.rule, "or null" if key.optional else ""]))
     error = InputError(f"{name}: {value!r} is not allowed; expected {wanted}")
     try:
         if key.kind is float:
@@ -208,7 +217,7 @@ def check_pairs(config: dict[str, Any]) -> None:
             f"model.embed_dim: {c.embed_dim} is not a multiple of model.num_heads: {c.num_heads}",
         ),
         (
-            int(c.embed_dim * c.mlp_ratio) < 1,
+            c.embed_dim * c.mlp_ratio < 1,
             f"model.mlp_ratio: {c.mlp_ratio} of embed_dim {c.embed_dim} leaves no hidden unit",
         ),
         (
@@ -249,15 +258,15 @@ def check(*layers: tuple[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for source, layer in layers:
         for name in layer:
             if name not in SCHEMA:
-                raise InputError(f"{source}: unknown key {name}{suggest(name)}")
+                raise InputError(f"{source}: unknown key {one_line(name)}{suggest(name)}")
         flat |= layer
     config = {name: convert(name, flat.get(name, key.default)) for name, key in SCHEMA.items()}
     check_pairs(config)
     return nest(config)
 
 
-def one_line(error: Exception) -> str:
-    """The text of an exception without its line breaks."""
+def one_line(error: Exception | str) -> str:
+    """The text of an exception, or a text, without its line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -279,11 +288,11 @@ def parse_override(text: str) -> tuple[str, Any]:
     """ "section.key=value" of the command line -> (name, value). Raises InputError."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise InputError(f"{text}: not an option; keys are overridden as section.key=value")
+        raise InputError(f"{one_line(text)}: not an option; keys are overridden as section.key=value")
     try:
         return name, yaml.safe_load(value)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise InputError(f"{text}: not valid YAML ({one_line(error)})") from None
+        raise InputError(f"{one_line(text)}: not valid YAML ({one_line(error)})") from None
 
 
 def describe_keys() -> str:

@@ -23,6 +23,7 @@ class TensorMiniBatch:
     inputs: [B, C, H, W], uint8 as the loader hands it out, float once `prepare` has normalised it.
     targets: [B, …], for classification the int64 class index.
     metadata: `paths`, a list of B strings; `indices`, [B] int64 places in the data set; whatever else a reward needs.
+        Tensors and lists have an entry per image; what is about the whole data set is something else, a tuple say.
     """
 
     inputs: Tensor
@@ -34,8 +35,7 @@ class TensorMiniBatch:
 
     def __getitem__(self, part: slice) -> "TensorMiniBatch":
         """The images `part` of the batch (a slice), as views."""
-        size = len(self)
-        metadata = {k: v[part] if hasattr(v, "__len__") and len(v) == size else v for k, v in self.metadata.items()}
+        metadata = {k: v[part] if isinstance(v, (Tensor, list)) else v for k, v in self.metadata.items()}
         return TensorMiniBatch(self.inputs[part], self.targets[part], metadata)
 
     def pin_memory(self) -> "TensorMiniBatch":

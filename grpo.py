@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Distribution, kl_divergence
 
-from data_types import Episode, TensorMiniBatch
+from data_types import Episode, InputError, TensorMiniBatch
 
 # reward(actions [B, T, A, E…], outputs [B, T, …], targets [B, …], metadata) -> [B, T, A] or [B, T, A, E…]
 Reward = Callable[[Tensor, Tensor, Tensor, dict], Tensor]
@@ -96,7 +96,7 @@ def compute_advantages(rewards: Tensor, estimator: str) -> Tensor:
 def score(rewards: Mapping[str, tuple[Reward, float]], actions, outputs, targets, metadata) -> tuple[Tensor, dict]:
     """The weighted sum of the rewards, [B, T, A] or [B, T, A, E…], and each by itself, name -> Tensor.
 
-    Raises ValueError if one returns something else than a tensor of one of these two shapes.
+    Raises InputError if one returns something else than a tensor of one of these two shapes.
     """
     total, terms = None, {}
     for name, (reward, weight) in rewards.items():
@@ -105,7 +105,9 @@ def score(rewards: Mapping[str, tuple[Reward, float]], actions, outputs, targets
         if not isinstance(term, Tensor) or term.shape not in allowed:
             returned = f"a tensor of shape {list(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
             expected = " or ".join(str(list(shape)) for shape in sorted(allowed))
-            raise ValueError(f"reward {name} returned {returned}; expected a tensor of shape [B, T, A, …] = {expected}")
+            raise InputError(
+                f"rollout.reward: {name} returned {returned}; expected a tensor of shape [B, T, A, …] = {expected}"
+            )
         terms[name] = term = term.to(actions.device, torch.promote_types(outputs.dtype, torch.float32))
         weighted = weight * term
         if total is not None:  # a score per action goes to all its elements

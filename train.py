@@ -37,7 +37,6 @@ from vit_model import VisionTransformer
 
 REPLAY_BELOW = 0.6  # share of live groups below which a forward pass without a graph + a replay of the live is cheaper
 WARN_DEAD_STEPS = 50
-IMAGES_SHOWN = 16
 
 
 # --- What the config's words stand for --------------------------------------------------------------------------------
@@ -130,36 +129,14 @@ def predict(
     return tuple(torch.cat(column) for column in zip(*rows))
 
 
-def eval_figures(deterministic: Tensor, over_passes: Tensor, targets: Tensor) -> dict[str, float]:
-    """Accuracy, NLL and ECE of both predictors: eval/… of the deterministic network, eval_mc/… of the mean over passes."""
-    figures = {}
-    for name, probs in (("eval", deterministic), ("eval_mc", over_passes)):
-        figures |= {f"{name}/{k}": v for k, v in vision_task.classification_metrics(probs, targets).items()}
-    return figures
-
-
-def most_uncertain(dataset: VisionClassificationDataset, over_passes: Tensor, targets: Tensor) -> Tensor:
-    """A picture of the eval images with true class, prediction and uncertainty (predictive entropy, nats)."""
-    entropy = vision_task.predictive_entropy(over_passes)
-    shown = entropy.argsort(descending=True)[:IMAGES_SHOWN].tolist()
-    names = dataset.classes
-    captions = [
-        [
-            f"true {names[int(targets[i])]}",
-            f"{names[int(over_passes[i].argmax())]} ({float(over_passes[i].max()):.0%})",
-            f"entropy {float(entropy[i]):.2f}",
-        ]
-        for i in shown
-    ]
-    return vision_task.draw_predictions(torch.stack([dataset[i] for i in shown]), captions)
-
-
 def eval_line(figures: dict[str, float]) -> str:
-    return "  ".join(
-        f"{'network' if name == 'eval' else 'mean over passes'}: accuracy {figures[f'{name}/accuracy']:.4f}"
-        f" NLL {figures[f'{name}/nll']:.4f} ECE {figures[f'{name}/ece']:.4f}"
-        for name in ("eval", "eval_mc")
+    network, passes = (
+        "accuracy {accuracy:.4f} NLL {nll:.4f} ECE {ece:.4f}".format(
+            **{name.split("/")[1]: value for name, value in figures.items() if name.startswith(f"{predictor}/")}
+        )
+        for predictor in ("eval", "eval_mc")
     )
+    return f"{network} (mean over passes: {passes})"
 
 
 # --- Watching ---------------------------------------------------------------------------------------------------------
@@ -239,10 +216,10 @@ def train(args: argparse.Namespace) -> int:
 
     # Config: the file's keys, or the checkpoint's when a run goes on; the command line wins.
     overrides = "command line", dict(map(parse_override, args.overrides))
-    run_name = {"training.run_name": Path(args.config).stem}
     state, checkpoint = None, args.resume or args.evaluate
     if checkpoint in (None, "auto"):
-        config = check((args.config, run_name), (args.config, read_yaml(args.config)), overrides)
+        config = check((args.config, read_yaml(args.config)), overrides)
+        config["training"]["run_name"] = config["training"]["run_name"] or Path(args.config).stem
         run_dir = Path(config["training"]["ckpt_dir"], config["training"]["run_name"])
         checkpoint = run_dir if checkpoint == "auto" and (run_dir / "last.pt").exists() else None
     if checkpoint:
@@ -327,7 +304,7 @@ def train(args: argparse.Namespace) -> int:
         return predict(model, batches, config, device)
 
     if args.evaluate:
-        console.line(f"step {state['step']}: {eval_line(eval_figures(*evaluate()))}")
+        console.line(f"step {state['step']}: {eval_line(vision_task.evaluation_figures(*evaluate()))}")
         return 0
 
     optimizer = build_optimizer(model, training)
@@ -340,6 +317,7 @@ def train(args: argparse.Namespace) -> int:
         start, best_accuracy, live_share, dead_steps, rows = (
             state[name] for name in ("step", "best_accuracy", "live_share", "dead_steps", "rows")
         )
+        rows = [{name: value.to(device) for name, value in row.items()} for row in rows]
         console.line(f"{run_dir}: going on after step {start}")
         if start >= training.steps:
             console.line(f"nothing to do: training.steps is {training.steps}")
@@ -450,19 +428,19 @@ def train(args: argparse.Namespace) -> int:
                 dead_steps = 0 if live > 0 else dead_steps + 1
                 if dead_steps == WARN_DEAD_STEPS and training.objective == "grpo":
                     console.line(
-                        f"warning: no live group in {WARN_DEAD_STEPS} steps: the rewards of every group are all equal, so "
-                        "nothing is learned. Try more rollout.actions_per_sample or num_mc_samples, rollout.action: "
+                        f"warning: no live group in {WARN_DEAD_STEPS} steps: the rewards of every group are all equal, "
+                        "so nothing is learned. Try more rollout.actions_per_sample or num_mc_samples, rollout.action: "
                         "sample, a reward with partial credit, or supervised weights to start from "
                         "(model.checkpoint_path)"
                     )
         best = False
         if eval_due:
             probs = evaluate()
-            figures = eval_figures(*probs)
+            figures = vision_task.evaluation_figures(*probs)
             for name, value in figures.items():
                 writer.add_scalar(name, value, done)
             writer.add_histogram("groups/success_rate", torch.cat([row["group_rewards"] for row in rows]).cpu(), done)
-            writer.add_image("eval/most_uncertain", most_uncertain(eval_set, *probs[1:]), done)
+            writer.add_image("eval/most_uncertain", vision_task.draw_most_uncertain(eval_set, *probs[1:]), done)
             best = figures["eval/accuracy"] > best_accuracy
             best_accuracy = max(figures["eval/accuracy"], best_accuracy)
             console.line(f"step {done}: {eval_line(figures)}")
@@ -486,7 +464,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 2 for bad input, 130 or 143 after Ctrl-C or SIGTERM."""
     try:
         return train(parse(argv))
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: the disk under the TensorBoard events, say
         print(f"\ntrain.py: {error}" if sys.stdout.isatty() else f"train.py: {error}", file=sys.stderr)
         return 2
 

@@ -1,9 +1,11 @@
 """Classification of an image folder: data set, decoding, `prepare`, reward, metrics, pictures."""
 
+import atexit
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_types import TensorMiniBatch
+from data_types import InputError, TensorMiniBatch
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
@@ -52,7 +54,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def decode_image(path: str, image_size: int) -> Tensor:
     """The image file as uint8 [3, image_size, image_size], upright, resized (not cropped) with antialiasing.
 
-    Raises ValueError with one line that names the file.
+    Raises InputError with one line that names the file.
     """
     try:
         with Image.open(path) as image:
@@ -61,7 +63,7 @@ def decode_image(path: str, image_size: int) -> Tensor:
         rgb = rgb.resize((image_size, image_size), Image.Resampling.BICUBIC)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: not a readable image ({reason}); repair or remove it") from error
+        raise InputError(f"{path}: not a readable image ({reason}); repair or remove it") from error
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()  # [h, w, 3] -> [3, h, w]
 
 
@@ -71,18 +73,18 @@ class VisionClassificationDataset(Dataset):
     root: the folder. classes: the class names whose order gives the ids; None takes the sorted subdirectories of
     `root` (of the training folder, that is; an evaluation folder is given the training folder's).
     Item i is the decoded image, uint8 [3, image_size, image_size]. `targets` is [n] int64, `paths` the n file names.
-    Raises ValueError where there is no folder, no class, no image in a class, or a class not in `classes`.
+    Raises InputError where there is no folder, no class, no image in a class, or a class not in `classes`.
     """
 
     def __init__(self, root: str, image_size: int, classes: list[str] | None = None):
         if not os.path.isdir(root):
-            raise ValueError(f"{root}: no such folder; it should hold one subdirectory of images per class")
+            raise InputError(f"{root}: no such folder; it should hold one subdirectory of images per class")
         names = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
         if not names:
-            raise ValueError(f"{root}: no subdirectories; it should hold one subdirectory of images per class")
+            raise InputError(f"{root}: no subdirectories; it should hold one subdirectory of images per class")
         unknown = sorted(set(names) - set(names if classes is None else classes))
         if unknown:
-            raise ValueError(f"{root}: classes unknown in the training folder: {', '.join(unknown)}")
+            raise InputError(f"{root}: classes unknown in the training folder: {', '.join(unknown)}")
         self.root = root
         self.image_size = image_size
         self.classes = names if classes is None else list(classes)
@@ -91,11 +93,11 @@ class VisionClassificationDataset(Dataset):
         for name in names:
             paths = find_images(os.path.join(root, name))
             if not paths and classes is None:
-                raise ValueError(f"{os.path.join(root, name)}: no images ({' '.join(SUFFIXES)}); add some or remove it")
+                raise InputError(f"{os.path.join(root, name)}: no images ({' '.join(SUFFIXES)}); add some or remove it")
             self.paths += paths
             targets += [self.classes.index(name)] * len(paths)
         if not self.paths:
-            raise ValueError(f"{root}: no images ({' '.join(SUFFIXES)}) in its subdirectories")
+            raise InputError(f"{root}: no images ({' '.join(SUFFIXES)}) in its subdirectories")
         self.targets = torch.tensor(targets)
 
     def __len__(self) -> int:
@@ -105,7 +107,8 @@ class VisionClassificationDataset(Dataset):
         return decode_image(self.paths[index], self.image_size)
 
     def batch(self, indices: Tensor, inputs: Tensor) -> TensorMiniBatch:
-        metadata = {"paths": [self.paths[i] for i in indices.tolist()], "indices": indices, "classes": self.classes}
+        metadata = {"paths": [self.paths[i] for i in indices.tolist()], "indices": indices}
+        metadata["classes"] = tuple(self.classes)
         return TensorMiniBatch(inputs, self.targets[indices], metadata)
 
 
@@ -116,10 +119,10 @@ class _BatchDecoder(Dataset):
     def __init__(self, dataset: VisionClassificationDataset):
         self.dataset = dataset
 
-    def __getitem__(self, indices: Tensor) -> TensorMiniBatch | ValueError:
+    def __getitem__(self, indices: list[int]) -> TensorMiniBatch | InputError:
         try:
-            return self.dataset.batch(indices, torch.stack([self.dataset[i] for i in indices.tolist()]))
-        except ValueError as error:
+            return self.dataset.batch(torch.tensor(indices), torch.stack([self.dataset[i] for i in indices]))
+        except InputError as error:
             return error
 
 
@@ -127,6 +130,15 @@ def _ignore_signals(_worker_id: int) -> None:
     """Ctrl-C and SIGTERM reach the whole process group; the main process finishes its step and ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Python ends daemons by SIGTERM, which workers ignore, and would wait for ever for those of an unclosed stream."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would complain of a killed worker
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def stream_batches(
@@ -144,7 +156,7 @@ def stream_batches(
     order(epoch): the epoch's permutation, [n]. Step s takes places s * batch_size … of the epochs laid end to end, so
     the place in the data is a function of the step alone. Decoding runs in `num_workers` processes, ahead of need.
     With `cache` decoded images are kept in memory, and after a whole epoch no file is opened any more.
-    Raises ValueError for a file that cannot be decoded.
+    Raises InputError for a file that cannot be decoded.
     """
     n = len(dataset)
     order = lru_cache(maxsize=2)(order)
@@ -162,7 +174,7 @@ def stream_batches(
         store = torch.empty(n, 3, dataset.image_size, dataset.image_size, dtype=torch.uint8)
     loader = DataLoader(
         _BatchDecoder(dataset),
-        sampler=(indices(step) for step in decode),
+        sampler=(indices(step).tolist() for step in decode),  # lists: a tensor would go through shared memory
         batch_size=None,  # an item is a batch already
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
@@ -170,7 +182,7 @@ def stream_batches(
         worker_init_fn=_ignore_signals,
     )
     for batch in loader:
-        if isinstance(batch, ValueError):
+        if isinstance(batch, InputError):
             raise batch
         if store is not None:
             store[batch.metadata["indices"]] = batch.inputs
@@ -194,9 +206,13 @@ def prepare(images: Tensor, mean: list[float], std: list[float], augment: bool =
     if augment:
         mirrored = torch.rand(len(images), device=images.device) < 0.5
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-    to_tensor = partial(torch.tensor, device=images.device, dtype=torch.float32)
-    mean, std = to_tensor(mean)[:, None, None] * 255, to_tensor(std)[:, None, None] * 255
-    return (images - mean) / std
+    return (images - per_channel(tuple(mean), images.device)) / per_channel(tuple(std), images.device)
+
+
+@lru_cache
+def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Mean or std in units of uint8, [C, 1, 1]; kept, because a copy to the GPU would wait for it at every step."""
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None] * 255
 
 
 # --- Reward ---------------------------------------------------------------------------------------------------------
@@ -235,6 +251,13 @@ def classification_metrics(probs: Tensor, targets: Tensor) -> dict[str, float]:
     }
 
 
+def evaluation_figures(deterministic: Tensor, over_passes: Tensor, targets: Tensor) -> dict[str, float]:
+    """`classification_metrics` of both predictors, probabilities [n, K]: eval/… is the deterministic network, eval_mc/…
+    the mean over T passes."""
+    figures = {f"eval/{name}": value for name, value in classification_metrics(deterministic, targets).items()}
+    return figures | {f"eval_mc/{k}": v for k, v in classification_metrics(over_passes, targets).items()}
+
+
 def draw_predictions(images: Tensor, captions: list[list[str]], columns: int = 4, size: int = 128) -> Tensor:
     """A grid of uint8 images [n, 3, H, W] over their captions (lines of text): uint8 [3, height, width]."""
     line = 12
@@ -248,3 +271,21 @@ def draw_predictions(images: Tensor, captions: list[list[str]], columns: int = 4
             ImageDraw.Draw(cell).text((2, size + j * line), text, fill="black")
         sheet.paste(cell, (i % columns * size, i // columns * height))
     return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
+
+
+def draw_most_uncertain(
+    dataset: VisionClassificationDataset, probs: Tensor, targets: Tensor, count: int = 16
+) -> Tensor:
+    """A picture of the images with the highest predictive entropy (nats), first the highest, with true class,
+    prediction and uncertainty. probs: [n, K] over the whole data set in order; targets: [n]."""
+    entropy = predictive_entropy(probs)
+    shown = entropy.argsort(descending=True)[:count].tolist()
+    captions = [
+        [
+            f"true {dataset.classes[int(targets[i])]}",
+            f"{dataset.classes[int(probs[i].argmax())]} ({float(probs[i].max()):.0%})",
+            f"entropy {float(entropy[i]):.2f}",
+        ]
+        for i in shown
+    ]
+    return draw_predictions(torch.stack([dataset[i] for i in shown]), captions)

@@ -10,7 +10,12 @@ from data_types import Episode, TensorMiniBatch
 
 def make_batch(size: int) -> TensorMiniBatch:
     inputs = torch.arange(size * 3 * 2 * 2, dtype=torch.uint8).view(size, 3, 2, 2)
-    metadata = {"paths": [f"{i}.png" for i in range(size)], "indices": torch.arange(size) + 100, "split": 7}
+    metadata = {
+        "paths": [f"{i}.png" for i in range(size)],
+        "indices": torch.arange(size) + 100,
+        "classes": tuple("abcdef"),
+        "n": 7,
+    }
     return TensorMiniBatch(inputs, torch.arange(size) * 2, metadata)
 
 
@@ -43,12 +48,14 @@ def assert_same(one: Episode, other: Episode) -> None:
 
 
 def test_a_slice_of_a_batch_takes_the_same_images_of_everything():
-    """inputs, targets and metadata of one item per image are cut alike; other metadata is kept whole."""
+    """inputs, targets, tensors and lists of the metadata are cut alike; other metadata is kept whole, a tuple that
+    happens to be as long as the batch as well."""
     part = make_batch(6)[2:5]
     assert len(part) == 3
     assert part.inputs[:, 0, 0, 0].tolist() == [24, 36, 48]
     assert part.targets.tolist() == [4, 6, 8]
-    assert part.metadata == {"paths": ["2.png", "3.png", "4.png"], "indices": part.metadata["indices"], "split": 7}
+    assert part.metadata["paths"] == ["2.png", "3.png", "4.png"]
+    assert part.metadata["classes"] == tuple("abcdef") and part.metadata["n"] == 7
     assert part.metadata["indices"].tolist() == [102, 103, 104]
 
 

@@ -1,0 +1,389 @@
+"""What a training step costs, side by side with what it should cost, as a markdown table.
+
+    uv run bench.py                          # config.yaml and config_digits.yaml, under five minutes on 2 cores
+    uv run bench.py --config my.yaml
+
+On the CPU in float32, best with nothing else running. The ratios are of wall-clock times of A, B, A, B, ... in one
+process, pair by pair. Figures that no config changes the meaning of are measured on the first config.
+"""
+
+import argparse
+import copy
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.utils import flop_counter
+
+import train
+from config import check, read_yaml
+from data_types import InputError, TensorMiniBatch
+from grpo import classification_policy_adapter, keyed_rng, rollout, update_policy
+from vision_task import VisionClassificationDataset, prepare, stream_batches
+
+CPU = torch.device("cpu")
+GRPO = {  # what the ratios are about, whatever else the config asks for
+    "training.objective": "grpo",
+    "training.kl_coef": 0,
+    "training.entropy_coef": 0,
+    "training.update_epochs": 1,
+    "rollout.action": "sample",
+    "rollout.num_mc_samples": 4,
+    "rollout.actions_per_sample": 16,
+}
+ALL_BLOCKS = GRPO | {"model.dropout_blocks": None}
+DEEP = {"image_size": 224, "patch_size": 32, "embed_dim": 192, "num_heads": 3, "depth": 8, "dropout_blocks": 2}
+LIVE_EVERY = 5  # 20 % live groups
+
+
+@dataclass
+class Row:
+    """A line of the table. values: one per repetition. at_most, at_least: the bound, if there is one."""
+
+    figure: str
+    values: list[float]
+    at_most: float | None = None
+    at_least: float | None = None
+
+    def __str__(self) -> str:
+        low, median, high = quartiles(self.values)
+        number = (lambda x: f"{x:.0f}") if median >= 10 else (lambda x: f"{x:.3f}")
+        beyond = (self.at_most is not None and median > self.at_most) or (
+            self.at_least is not None and median < self.at_least
+        )
+        bound = f"≤ {self.at_most:.2f}" if self.at_most is not None else ""
+        bound = f"≥ {self.at_least:.2f}" if self.at_least is not None else bound
+        measured = f"{number(median)} ({number(low)}–{number(high)})"
+        return f"| {self.figure} | {f'**{measured}, beyond**' if beyond else measured} | {bound or '–'} |"
+
+
+HEADER = "| figure | measured: median (quartiles) | must be |\n|---|---|---|"
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return low, median, high
+
+
+# --- The steps --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Setup:
+    config: dict
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    rewards: dict
+    reference: torch.nn.Module | None
+    batch: TensorMiniBatch | None = None
+
+
+def configure(path: str, overrides: dict) -> dict:
+    here = {"training.device": "cpu", "training.dtype": "float32"}
+    return check((path, {"training.run_name": Path(path).stem}), (path, read_yaml(path)), ("bench.py", overrides | here))
+
+
+def some_live(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict) -> Tensor:
+    """A reward that makes the groups of every fifth image live, the others dead: [B, T, A]."""
+    alternating = torch.arange(actions[0].numel()).view(actions.shape[1:]) % 2
+    return alternating * (metadata["indices"] % LIVE_EVERY == 0)[:, None, None].float()
+
+
+def load_images(config: dict, count: int) -> TensorMiniBatch:
+    """The first `count` training images, uint8."""
+    dataset = VisionClassificationDataset(config["data"]["train_dir"], config["model"]["image_size"])
+    indices = torch.arange(count) % len(dataset)
+    return dataset.batch(indices, torch.stack([dataset[i] for i in indices.tolist()]))
+
+
+def build(config: dict) -> Setup:
+    """What `train.py` has before the first step, but a learning rate of 0: that changes no arithmetic, and the model
+    stays untrained, so that live groups stay live."""
+    classes = VisionClassificationDataset(config["data"]["train_dir"], config["model"]["image_size"]).classes
+    training = SimpleNamespace(**config["training"])
+    model = train.build_model(config, len(classes), CPU)
+    reference = copy.deepcopy(model).requires_grad_(False) if training.kl_coef else None
+    if config["model"]["compile"]:
+        model.compile(fullgraph=True, dynamic=False)
+    optimizer = train.build_optimizer(model, training)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    return Setup(config, model, optimizer, train.load_rewards(config["rollout"]["reward"]), reference)
+
+
+def build_with_images(path: str, overrides: dict, count: int | None = None) -> Setup:
+    config = configure(path, overrides)
+    return replace(build(config), batch=load_images(config, count or config["training"]["batch_size"]))
+
+
+def grpo_step(s: Setup, step: int = 0, keep_graph: bool = True) -> dict[str, Tensor]:
+    """What `train.py` does between having a batch and having its metrics."""
+    data, roll, training = (SimpleNamespace(**s.config[section]) for section in ("data", "rollout", "training"))
+    micro_batch_size = training.micro_batch_size or training.batch_size
+
+    def episodes():
+        for index in range(0, len(s.batch), micro_batch_size):
+            part = s.batch[index : index + micro_batch_size]
+            with keyed_rng(training.seed, step, "flips", index):
+                part = replace(part, inputs=prepare(part.inputs, data.mean, data.std, data.augment))
+            yield rollout(
+                s.model,
+                part,
+                s.rewards,
+                classification_policy_adapter,
+                num_mc_samples=roll.num_mc_samples,
+                actions_per_sample=roll.actions_per_sample,
+                action=roll.action,
+                advantage=roll.advantage,
+                key=(training.seed, step, index),
+                keep_graph=keep_graph,
+            )
+
+    return update_policy(
+        s.model,
+        s.optimizer,
+        episodes(),
+        batch_size=len(s.batch),
+        micro_batch_size=micro_batch_size,
+        policy_adapter=classification_policy_adapter,
+        objective=training.objective,
+        clip_low=training.clip_low,
+        clip_high=training.clip_high,
+        update_epochs=training.update_epochs,
+        kl_coef=training.kl_coef,
+        entropy_coef=training.entropy_coef,
+        reference=s.reference,
+        max_grad_norm=training.max_grad_norm,
+        pad_to=max(micro_batch_size // 4, 1) if s.config["model"]["compile"] else 1,
+    )
+
+
+def plain_step(s: Setup, inputs: Tensor, masks: dict[str, Tensor] | None) -> None:
+    """Forward, cross-entropy, backward, AdamW; on the deterministic network without masks."""
+    logits = s.model(inputs, masks)  # [B, T, K], or [B, K]
+    logits = logits.view(len(inputs), -1, logits.shape[-1])
+    targets = s.batch.targets[:, None].expand(logits.shape[:2])
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    s.optimizer.zero_grad()
+    loss.backward()
+    s.optimizer.step()
+
+
+def prepared(s: Setup, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Inputs and masks as `grpo_step` meets them at `step`, in one micro-batch."""
+    data, training = s.config["data"], s.config["training"]
+    with keyed_rng(training["seed"], step, "flips", 0):
+        inputs = prepare(s.batch.inputs, data["mean"], data["std"], data["augment"])
+    with keyed_rng(training["seed"], step, "masks", 0):
+        return inputs, s.model.sample_masks(len(inputs), s.config["rollout"]["num_mc_samples"])
+
+
+# --- Figures ----------------------------------------------------------------------------------------------------------
+
+
+def seconds(function: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def pairs(a: Callable, b: Callable, budget: float) -> list[tuple[float, float]]:
+    """Seconds of a and b in turn, at least three times each, until `budget` seconds are over."""
+    for warm_up in (a, b, a, b):
+        warm_up()
+    end, times = time.perf_counter() + budget, []
+    while len(times) < 3 or time.perf_counter() < end:
+        times.append((seconds(a), seconds(b)))
+    return times
+
+
+def ratios(a: Callable, b: Callable, budget: float) -> list[float]:
+    return [x / y for x, y in pairs(a, b, budget)]
+
+
+def step_over_plain(path: str, budget: float) -> list[Row]:
+    """The whole step ÷ a plain step under the same masks, T = 4, A = 16, all blocks stochastic, every group live."""
+    s = build_with_images(path, ALL_BLOCKS | {"training.micro_batch_size": None})
+    shares = [float(grpo_step(s, step)["groups/live"]) for step in range(3)]
+    step = shares.index(max(shares))  # draws are a function of the step, so it is as live each time
+    inputs, masks = prepared(s, step)
+    values = ratios(lambda: grpo_step(s, step), lambda: plain_step(s, inputs, masks), budget)
+    return [Row(f"GRPO step ÷ plain step under the same masks, {path}, {shares[step]:.0%} of groups live", values, 1.10)]
+
+
+def trunk_once(path: str, budget: float) -> list[Row]:
+    """T = 8 with the last 2 of 8 blocks stochastic ÷ one deterministic supervised pass over the same images."""
+    passes, depth, last = 8, DEEP["depth"], DEEP["dropout_blocks"]
+    overrides = GRPO | {f"model.{name}": value for name, value in DEEP.items()}
+    overrides |= {"rollout.num_mc_samples": passes, "training.micro_batch_size": None, "training.batch_size": 32}
+    s = build_with_images(path, overrides)
+    inputs, _ = prepared(s, 0)
+    values = ratios(lambda: grpo_step(s), lambda: plain_step(s, inputs, None), budget)
+    predicted = (depth - last + last * passes) / depth
+    return [Row(f"T = 8, dropout in 2 of 8 blocks ÷ one supervised pass (blocks: {predicted:.2f})", values, 1.1 * predicted)]
+
+
+def mostly_dead(path: str, budget: float) -> list[Row]:
+    """Replay of 20 % live groups ÷ one pass with all groups live; all blocks stochastic."""
+    size = configure(path, ALL_BLOCKS)["training"]["batch_size"]
+    every = build_with_images(path, ALL_BLOCKS, LIVE_EVERY * max(round(size / LIVE_EVERY), 1))
+    some = replace(every, rewards={"some_live": (some_live, 1.0)})
+
+    def replay() -> None:
+        share = float(grpo_step(some, keep_graph=False)["groups/live"])
+        assert abs(share - 1 / LIVE_EVERY) < 1e-6, share
+
+    values = ratios(replay, lambda: grpo_step(every), budget)
+    return [Row("step with 20 % live groups ÷ all live in one pass, all blocks stochastic", values, 0.60)]
+
+
+def actions_are_free(path: str, budget: float) -> list[Row]:
+    """A = 64 ÷ A = 1, T = 4."""
+    many = build_with_images(path, GRPO | {"rollout.actions_per_sample": 64})
+    one = replace(many, config=configure(path, GRPO | {"rollout.actions_per_sample": 1}))
+    return [Row("A = 64 ÷ A = 1", ratios(lambda: grpo_step(many), lambda: grpo_step(one), budget), 1.10)]
+
+
+def resident(line: str) -> int:
+    """VmRSS or its peak VmHWM in bytes. (getrusage's peak may be the parent's: it survives exec.)"""
+    status = dict(row.split(":", 1) for row in Path("/proc/self/status").read_text().splitlines())
+    return int(status[line].split()[0]) * 1024
+
+
+def memory_growth(path: str, way: str, size: int) -> int:
+    """In a fresh process: bytes that three steps add to the peak, over the idle process with its model."""
+    s = build(configure(path, GRPO | {"training.batch_size": size, "training.micro_batch_size": 32}))
+    if way == "replay":
+        s.rewards = {"some_live": (some_live, 1.0)}
+    idle = resident("VmRSS")
+    s.batch = load_images(s.config, size)
+    for step in range(3):
+        grpo_step(s, step, keep_graph=way != "replay")
+    return resident("VmHWM") - idle
+
+
+def memory(path: str, threads: int, repetitions: int = 2) -> list[Row]:
+    """Peak memory of batch 256 ÷ batch 32, one pass and replay, micro-batch 32."""
+
+    def fresh(way: str, size: int) -> int:
+        command = [sys.executable, __file__, "--config", path, "--threads", str(threads), "--memory", way, str(size)]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    rows = []
+    for way in ("one pass", "replay"):
+        growth = [(fresh(way, 256), fresh(way, 32)) for _ in range(repetitions)]
+        small = statistics.median(b for _, b in growth) / 1e6
+        name = f"peak memory over idle, batch 256 ÷ 32 ({small:.0f} MB), micro-batch 32, {way}"
+        rows.append(Row(name, [a / b for a, b in growth], 1.25))
+    return rows
+
+
+def data_wait(path: str, windows: int = 3, steps: int = 10) -> list[Row]:
+    """Share of the time spent waiting for data after the first epoch, in windows of steps, 1 worker."""
+    s = build(configure(path, {"data.num_workers": 1}))
+    data, training = SimpleNamespace(**s.config["data"]), SimpleNamespace(**s.config["training"])
+    dataset = VisionClassificationDataset(data.train_dir, s.config["model"]["image_size"])
+
+    def order(epoch: int) -> Tensor:
+        with keyed_rng(training.seed, "order", epoch):
+            return torch.randperm(len(dataset))
+
+    size = 3 * dataset.image_size**2 * len(dataset)  # of the training set; train.py adds the evaluation set
+    cache = data.cache == "always" or (data.cache == "auto" and size <= data.cache_limit_gb * 1e9)
+    first = -(-len(dataset) // training.batch_size)  # steps of the first epoch: drawn, not trained on
+    last = first + windows * steps
+    batches = stream_batches(dataset, order, training.batch_size, range(last), num_workers=1, cache=cache)
+    for _ in range(first):
+        next(batches)
+
+    values = []
+    for window in range(windows):
+        begin, waited = time.perf_counter(), 0.0
+        for step in range(steps):
+            before = time.perf_counter()
+            s.batch = next(batches)
+            waited += time.perf_counter() - before
+            grpo_step(s, first + window * steps + step)
+        values.append(waited / (time.perf_counter() - begin))
+    kept = "cached" if cache else "decoded each epoch"
+    return [Row(f"waiting for data ÷ step, {path}, 1 worker, after the first epoch ({kept})", values, 0.05)]
+
+
+def count_flop(function: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products in `function`."""
+    aten = torch.ops.aten
+    attention = {  # torch counts the CUDA kernels only
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
+            flop_counter.sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+    with flop_counter.FlopCounterMode(display=False, custom_mapping=attention) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def speed(path: str, budget: float, at_least: float | None, size: int = 2048) -> list[Row]:
+    """Images/s and the share of a large matmul's FLOP/s that the step as configured reaches."""
+    s = build_with_images(path, {"model.compile": False})
+    flop = count_flop(lambda: grpo_step(s))
+    s = build_with_images(path, {})
+    a, b, out = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
+    times = pairs(lambda: grpo_step(s), lambda: torch.mm(a, b, out=out), budget)
+    peak = statistics.median(2 * size**3 / y for _, y in times)
+    values = [(flop / x) / (2 * size**3 / y) for x, y in times]
+    return [
+        Row(f"FLOP/s of the step ÷ of a matmul ({peak / 1e9:.0f} GFLOP/s), {path}", values, at_least=at_least),
+        Row(f"images/s, {path}", [len(s.batch) / x for x, _ in times]),
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", nargs="+", default=["config.yaml", "config_digits.yaml"], metavar="FILE")
+    parser.add_argument("--seconds", type=float, default=15, help="of repetitions for each figure (15)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch's (all cores)")
+    parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)  # how `memory` starts itself
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    Distribution.set_default_validate_args(False)  # as after train.py's first step
+    first = args.config[0]
+    try:
+        if args.memory:
+            print(memory_growth(first, args.memory[0], int(args.memory[1])))
+            return 0
+        for path in args.config:
+            configure(path, {})
+        begin = time.perf_counter()
+        print(HEADER, flush=True)
+        for figure in (
+            *(lambda path=path: step_over_plain(path, args.seconds) for path in args.config),
+            lambda: trunk_once(first, args.seconds),
+            lambda: mostly_dead(first, args.seconds),
+            lambda: actions_are_free(first, args.seconds),
+            lambda: memory(first, args.threads),
+            lambda: data_wait(first),
+            *(lambda path=path: speed(path, args.seconds, 0.5 if path == first else None) for path in args.config),
+        ):
+            print(*figure(), sep="\n", flush=True)
+    except InputError as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{args.threads} threads, torch {torch.__version__}, {time.perf_counter() - begin:.0f} s in all")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
