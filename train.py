@@ -150,7 +150,7 @@ def read_rows(rows: list[dict[str, Tensor]], first_step: int, advantage: str) ->
     values = dict(zip(names, table.T.tolist()))
     for i in range(len(rows)):
         at = f"at step {first_step + i}"
-        for name in names:
+        for name in sorted(names, key=("reward/mean", "reward/std", "reward/min").__contains__):  # first the culprit
             if name.startswith("reward/") and not math.isfinite(values[name][i]):
                 term = name.removeprefix("reward/")
                 who = "the sum of rewards" if term in ("mean", "std", "min") else term
@@ -225,6 +225,7 @@ def train(args: argparse.Namespace) -> int:
     if checkpoint:
         run_dir = Path(checkpoint)
         state = load_checkpoint(run_dir)
+        run_dir = run_dir if run_dir.is_dir() else run_dir.parent  # given a file of the run
         config = check((str(run_dir), flatten(state["config"], str(run_dir))), overrides)
         config["training"] |= {"ckpt_dir": str(run_dir.parent), "run_name": run_dir.name}
     data, roll, training = (SimpleNamespace(**config[section]) for section in ("data", "rollout", "training"))

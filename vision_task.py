@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -107,8 +108,8 @@ class VisionClassificationDataset(Dataset):
         return decode_image(self.paths[index], self.image_size)
 
     def batch(self, indices: Tensor, inputs: Tensor) -> TensorMiniBatch:
-        metadata = {"paths": [self.paths[i] for i in indices.tolist()], "indices": indices}
-        metadata["classes"] = tuple(self.classes)
+        paths = itemgetter(*indices.tolist(), 0)(self.paths)[:-1]  # a last place that is left out: always a tuple
+        metadata = {"paths": list(paths), "indices": indices, "classes": tuple(self.classes)}
         return TensorMiniBatch(inputs, self.targets[indices], metadata)
 
 
@@ -195,6 +196,7 @@ def stream_batches(
 def ordered_batches(dataset: VisionClassificationDataset, batch_size: int, **options) -> Iterator[TensorMiniBatch]:
     """Every image once, in order; options as for `stream_batches`."""
     n = len(dataset)
+    batch_size = min(batch_size, n)
     steps = range(-(-n // batch_size))
     for step, batch in zip(steps, stream_batches(dataset, lambda _: torch.arange(n), batch_size, steps, **options)):
         yield batch[: n - step * batch_size]  # the last batch is filled up from the next epoch
