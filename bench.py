@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +29,7 @@ from torch.utils import flop_counter
 import train
 from config import check, read_yaml
 from data_types import InputError, TensorMiniBatch
-from grpo import classification_policy_adapter, keyed_rng, rollout, update_policy
+from grpo import keyed_rng
 from vision_task import VisionClassificationDataset, prepare, stream_batches
 
 CPU = torch.device("cpu")
@@ -90,7 +91,9 @@ class Setup:
 
 def configure(path: str, overrides: dict) -> dict:
     here = {"training.device": "cpu", "training.dtype": "float32"}
-    return check((path, {"training.run_name": Path(path).stem}), (path, read_yaml(path)), ("bench.py", overrides | here))
+    return check(
+        (path, {"training.run_name": Path(path).stem}), (path, read_yaml(path)), ("bench.py", overrides | here)
+    )
 
 
 def some_live(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict) -> Tensor:
@@ -128,43 +131,8 @@ def build_with_images(path: str, overrides: dict, count: int | None = None) -> S
 
 def grpo_step(s: Setup, step: int = 0, keep_graph: bool = True) -> dict[str, Tensor]:
     """What `train.py` does between having a batch and having its metrics."""
-    data, roll, training = (SimpleNamespace(**s.config[section]) for section in ("data", "rollout", "training"))
-    micro_batch_size = training.micro_batch_size or training.batch_size
-
-    def episodes():
-        for index in range(0, len(s.batch), micro_batch_size):
-            part = s.batch[index : index + micro_batch_size]
-            with keyed_rng(training.seed, step, "flips", index):
-                part = replace(part, inputs=prepare(part.inputs, data.mean, data.std, data.augment))
-            yield rollout(
-                s.model,
-                part,
-                s.rewards,
-                classification_policy_adapter,
-                num_mc_samples=roll.num_mc_samples,
-                actions_per_sample=roll.actions_per_sample,
-                action=roll.action,
-                advantage=roll.advantage,
-                key=(training.seed, step, index),
-                keep_graph=keep_graph,
-            )
-
-    return update_policy(
-        s.model,
-        s.optimizer,
-        episodes(),
-        batch_size=len(s.batch),
-        micro_batch_size=micro_batch_size,
-        policy_adapter=classification_policy_adapter,
-        objective=training.objective,
-        clip_low=training.clip_low,
-        clip_high=training.clip_high,
-        update_epochs=training.update_epochs,
-        kl_coef=training.kl_coef,
-        entropy_coef=training.entropy_coef,
-        reference=s.reference,
-        max_grad_norm=training.max_grad_norm,
-        pad_to=max(micro_batch_size // 4, 1) if s.config["model"]["compile"] else 1,
+    return train.training_step(
+        s.model, s.optimizer, s.batch, s.rewards, s.config, step, keep_graph=keep_graph, reference=s.reference
     )
 
 
@@ -218,7 +186,9 @@ def step_over_plain(path: str, budget: float) -> list[Row]:
     step = shares.index(max(shares))  # draws are a function of the step, so it is as live each time
     inputs, masks = prepared(s, step)
     values = ratios(lambda: grpo_step(s, step), lambda: plain_step(s, inputs, masks), budget)
-    return [Row(f"GRPO step ÷ plain step under the same masks, {path}, {shares[step]:.0%} of groups live", values, 1.10)]
+    return [
+        Row(f"GRPO step ÷ plain step under the same masks, {path}, {shares[step]:.0%} of groups live", values, 1.10)
+    ]
 
 
 def trunk_once(path: str, budget: float) -> list[Row]:
@@ -230,7 +200,9 @@ def trunk_once(path: str, budget: float) -> list[Row]:
     inputs, _ = prepared(s, 0)
     values = ratios(lambda: grpo_step(s), lambda: plain_step(s, inputs, None), budget)
     predicted = (depth - last + last * passes) / depth
-    return [Row(f"T = 8, dropout in 2 of 8 blocks ÷ one supervised pass (blocks: {predicted:.2f})", values, 1.1 * predicted)]
+    return [
+        Row(f"T = 8, dropout in 2 of 8 blocks ÷ one supervised pass (blocks: {predicted:.2f})", values, 1.1 * predicted)
+    ]
 
 
 def mostly_dead(path: str, budget: float) -> list[Row]:
@@ -294,12 +266,8 @@ def data_wait(path: str, windows: int = 3, steps: int = 10) -> list[Row]:
     data, training = SimpleNamespace(**s.config["data"]), SimpleNamespace(**s.config["training"])
     dataset = VisionClassificationDataset(data.train_dir, s.config["model"]["image_size"])
 
-    def order(epoch: int) -> Tensor:
-        with keyed_rng(training.seed, "order", epoch):
-            return torch.randperm(len(dataset))
-
-    size = 3 * dataset.image_size**2 * len(dataset)  # of the training set; train.py adds the evaluation set
-    cache = data.cache == "always" or (data.cache == "auto" and size <= data.cache_limit_gb * 1e9)
+    order = partial(train.epoch_order, seed=training.seed, size=len(dataset))
+    cache, _ = train.keep_decoded(data, dataset)  # train.py adds the evaluation set
     first = -(-len(dataset) // training.batch_size)  # steps of the first epoch: drawn, not trained on
     last = first + windows * steps
     batches = stream_batches(dataset, order, training.batch_size, range(last), num_workers=1, cache=cache)
@@ -323,7 +291,9 @@ def count_flop(function: Callable[[], object]) -> int:
     """Floating-point operations of the matrix products in `function`."""
     aten = torch.ops.aten
     attention = {  # torch counts the CUDA kernels only
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(
+            q, k, v
+        ),
         aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
             flop_counter.sdpa_backward_flop_count(grad, q, k, v)
         ),

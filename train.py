@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,6 +108,70 @@ def learning_rate(step: int, training: SimpleNamespace) -> float:
     progress = (step - training.warmup_steps) / max(training.steps - training.warmup_steps, 1)
     low, high = training.min_learning_rate, training.learning_rate
     return low + (high - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def keep_decoded(data: SimpleNamespace, *datasets: VisionClassificationDataset | None) -> tuple[bool, int]:
+    """Whether decoded images are kept in memory (data.cache), and how many bytes they are."""
+    size = sum(3 * dataset.image_size**2 * len(dataset) for dataset in datasets if dataset)
+    return data.cache == "always" or (data.cache == "auto" and size <= data.cache_limit_gb * 1e9), size
+
+
+def epoch_order(epoch: int, seed: int, size: int) -> Tensor:
+    """The epoch's permutation of the training images, [size]."""
+    with keyed_rng(seed, "order", epoch):
+        return torch.randperm(size)
+
+
+def training_step(
+    model,
+    optimizer,
+    batch: TensorMiniBatch,
+    rewards: dict,
+    config: dict,
+    step: int,
+    *,
+    keep_graph: bool,
+    reference=None,
+) -> dict[str, Tensor]:
+    """Rollout, reward, update on a batch of uint8 images on the model's device; returns `update_policy`'s metrics."""
+    data, roll, training = (SimpleNamespace(**config[section]) for section in ("data", "rollout", "training"))
+    micro_batch_size = training.micro_batch_size or training.batch_size
+
+    def episodes() -> Iterator[Episode]:
+        for index in range(0, len(batch), micro_batch_size):
+            part = batch[index : index + micro_batch_size]
+            with keyed_rng(training.seed, step, "flips", index):
+                part = replace(part, inputs=prepare(part.inputs, data.mean, data.std, data.augment))
+            yield rollout(
+                model,
+                part,
+                rewards,
+                classification_policy_adapter,
+                num_mc_samples=roll.num_mc_samples,
+                actions_per_sample=roll.actions_per_sample,
+                action=roll.action,
+                advantage=roll.advantage,
+                key=(training.seed, step, index),
+                keep_graph=keep_graph,
+            )
+
+    return update_policy(
+        model,
+        optimizer,
+        episodes(),
+        batch_size=len(batch),
+        micro_batch_size=micro_batch_size,
+        policy_adapter=classification_policy_adapter,
+        objective=training.objective,
+        clip_low=training.clip_low,
+        clip_high=training.clip_high,
+        update_epochs=training.update_epochs,
+        kl_coef=training.kl_coef,
+        entropy_coef=training.entropy_coef,
+        reference=reference,
+        max_grad_norm=training.max_grad_norm,
+        pad_to=max(micro_batch_size // 4, 1) if config["model"]["compile"] else 1,
+    )
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
@@ -260,8 +325,7 @@ def train(args: argparse.Namespace) -> int:
         raise InputError(
             f"model.num_classes: {num_classes}, but {data.train_dir} holds {len(classes)} classes; set it to null"
         )
-    size = 3 * image_size**2 * sum(len(d) for d in (train_set, eval_set) if d)
-    cache = data.cache == "always" or (data.cache == "auto" and size <= data.cache_limit_gb * 1e9)
+    cache, size = keep_decoded(data, train_set, eval_set)
     if not args.evaluate:
         kept = "kept in memory after the first epoch" if cache else "decoded again each epoch"
         console.line(f"data.cache: {data.cache}: {size / 1e6:.0f} MB of decoded images, {kept}")
@@ -324,28 +388,6 @@ def train(args: argparse.Namespace) -> int:
             console.line(f"nothing to do: training.steps is {training.steps}")
             return 0
 
-    def order(epoch: int) -> Tensor:
-        with keyed_rng(training.seed, "order", epoch):
-            return torch.randperm(len(train_set))
-
-    def episodes(batch: TensorMiniBatch, step: int, keep_graph: bool) -> Iterator[Episode]:
-        for index in range(0, len(batch), micro_batch_size):
-            part = batch[index : index + micro_batch_size]
-            with keyed_rng(training.seed, step, "flips", index):
-                part = replace(part, inputs=prepare(part.inputs, data.mean, data.std, data.augment))
-            yield rollout(
-                model,
-                part,
-                rewards,
-                classification_policy_adapter,
-                num_mc_samples=roll.num_mc_samples,
-                actions_per_sample=roll.actions_per_sample,
-                action=roll.action,
-                advantage=roll.advantage,
-                key=(training.seed, step, index),
-                keep_graph=keep_graph,
-            )
-
     def save(best: bool) -> Path:
         progress = {"step": step + 1, "best_accuracy": best_accuracy, "live_share": live_share}
         progress |= {"dead_steps": dead_steps, "rows": rows, "config": config, "classes": classes}
@@ -366,6 +408,7 @@ def train(args: argparse.Namespace) -> int:
         signal.signal(number, on_signal)
 
     # Train: rollout -> reward -> update -> log -> evaluate -> save.
+    order = partial(epoch_order, seed=training.seed, size=len(train_set))
     batches = stream_batches(train_set, order, training.batch_size, range(start, training.steps), cache=cache, **loader)
     may_replay = training.objective == "grpo" and training.kl_coef == training.entropy_coef == 0
     writer = None
@@ -379,23 +422,7 @@ def train(args: argparse.Namespace) -> int:
             group["lr"] = learning_rate(step, training)
         keep_graph = not may_replay or live_share >= REPLAY_BELOW
         rows.append(
-            update_policy(
-                model,
-                optimizer,
-                episodes(batch, step, keep_graph),
-                batch_size=training.batch_size,
-                micro_batch_size=micro_batch_size,
-                policy_adapter=classification_policy_adapter,
-                objective=training.objective,
-                clip_low=training.clip_low,
-                clip_high=training.clip_high,
-                update_epochs=training.update_epochs,
-                kl_coef=training.kl_coef,
-                entropy_coef=training.entropy_coef,
-                reference=reference,
-                max_grad_norm=training.max_grad_norm,
-                pad_to=max(micro_batch_size // 4, 1) if config["model"]["compile"] else 1,
-            )
+            training_step(model, optimizer, batch, rewards, config, step, keep_graph=keep_graph, reference=reference)
         )
         done, interval_steps = step + 1, interval_steps + 1
         stopping = bool(stop)
@@ -449,8 +476,7 @@ def train(args: argparse.Namespace) -> int:
             rows = []
         if save_due or best:
             path = save(best)
-        if log_due or eval_due or save_due:
-            interval_begin, interval_steps, waited = time.perf_counter(), 0, 0.0
+        interval_begin, interval_steps, waited = time.perf_counter(), 0, 0.0
         if stopping:
             break
     writer.close()

@@ -6,7 +6,6 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from operator import itemgetter
 
 import numpy as np
 import torch
@@ -108,8 +107,8 @@ class VisionClassificationDataset(Dataset):
         return decode_image(self.paths[index], self.image_size)
 
     def batch(self, indices: Tensor, inputs: Tensor) -> TensorMiniBatch:
-        paths = itemgetter(*indices.tolist(), 0)(self.paths)[:-1]  # a last place that is left out: always a tuple
-        metadata = {"paths": list(paths), "indices": indices, "classes": tuple(self.classes)}
+        paths = list(map(self.paths.__getitem__, indices.tolist()))
+        metadata = {"paths": paths, "indices": indices, "classes": tuple(self.classes)}
         return TensorMiniBatch(inputs, self.targets[indices], metadata)
 
 
