@@ -89,7 +89,7 @@ SCHEMA: dict[str, Key] = {
     ),
     "training.learning_rate": Key(1e-3, float, "AdamW's, at its highest", **POSITIVE),
     "training.min_learning_rate": Key(0.0, float, "where the cosine ends", **at_least(0)),
-    "training.warmup_steps": Key(50, int, "steps of linear warm-up", **at_least(0)),
+    "training.warmup_steps": Key(50, int, "steps of linear warm-up; a run shorter than that never reaches the peak", **at_least(0)),
     "training.weight_decay": Key(0.05, float, "of weight matrices; biases, norms, tokens have none", **at_least(0)),
     "training.betas": Key(
         [0.9, 0.999],
@@ -239,7 +239,6 @@ def check_pairs(config: dict[str, Any]) -> None:
             "rollout.actions_per_sample: a group needs two actions; raise it or rollout.num_mc_samples",
         ),
         (micro > c.batch_size, f"training.micro_batch_size: {micro} is more than training.batch_size: {c.batch_size}"),
-        (c.warmup_steps > c.steps, f"training.warmup_steps: {c.warmup_steps} is more than training.steps: {c.steps}"),
         (
             c.min_learning_rate > c.learning_rate,
             f"training.min_learning_rate: {c.min_learning_rate} is above training.learning_rate: {c.learning_rate}",

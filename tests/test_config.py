@@ -211,7 +211,6 @@ def test_every_key_but_the_optional_refuses_null():
             {"training__micro_batch_size": 65},
             "training.micro_batch_size: 65 is more than training.batch_size: 64",
         ),
-        ({"training__steps": 49}, "training.warmup_steps: 50 is more than training.steps: 49"),
         (
             {"training__min_learning_rate": 0.01},
             "training.min_learning_rate: 0.01 is above training.learning_rate: 0.001",
