@@ -91,9 +91,7 @@ class Setup:
 
 def configure(path: str, overrides: dict) -> dict:
     here = {"training.device": "cpu", "training.dtype": "float32"}
-    return check(
-        (path, {"training.run_name": Path(path).stem}), (path, read_yaml(path)), ("bench.py", overrides | here)
-    )
+    return check((path, read_yaml(path)), ("bench.py", overrides | here))
 
 
 def some_live(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict) -> Tensor:
@@ -103,10 +101,13 @@ def some_live(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict)
 
 
 def load_images(config: dict, count: int) -> TensorMiniBatch:
-    """The first `count` training images, uint8."""
+    """The first `count` training images, uint8; decoded into their place, so that memory sees the batch once."""
     dataset = VisionClassificationDataset(config["data"]["train_dir"], config["model"]["image_size"])
     indices = torch.arange(count) % len(dataset)
-    return dataset.batch(indices, torch.stack([dataset[i] for i in indices.tolist()]))
+    images = torch.empty(count, 3, dataset.image_size, dataset.image_size, dtype=torch.uint8)
+    for image, i in zip(images, indices.tolist()):
+        image.copy_(dataset[i])
+    return dataset.batch(indices, images)
 
 
 def build(config: dict) -> Setup:
@@ -117,6 +118,7 @@ def build(config: dict) -> Setup:
     model = train.build_model(config, len(classes), CPU)
     reference = copy.deepcopy(model).requires_grad_(False) if training.kl_coef else None
     if config["model"]["compile"]:
+        torch._dynamo.config.recompile_limit = 64  # of all models and shapes of this process
         model.compile(fullgraph=True, dynamic=False)
     optimizer = train.build_optimizer(model, training)
     for group in optimizer.param_groups:
@@ -208,7 +210,7 @@ def trunk_once(path: str, budget: float) -> list[Row]:
 def mostly_dead(path: str, budget: float) -> list[Row]:
     """Replay of 20 % live groups ÷ one pass with all groups live; all blocks stochastic."""
     size = configure(path, ALL_BLOCKS)["training"]["batch_size"]
-    every = build_with_images(path, ALL_BLOCKS, LIVE_EVERY * max(round(size / LIVE_EVERY), 1))
+    every = build_with_images(path, ALL_BLOCKS, max(size - size % LIVE_EVERY, LIVE_EVERY))
     some = replace(every, rewards={"some_live": (some_live, 1.0)})
 
     def replay() -> None:
@@ -245,19 +247,21 @@ def memory_growth(path: str, way: str, size: int) -> int:
 
 
 def memory(path: str, threads: int, repetitions: int = 2) -> list[Row]:
-    """Peak memory of batch 256 ÷ batch 32, one pass and replay, micro-batch 32."""
+    """Peak memory of batch 256, one pass and replay, ÷ one pass of batch 32; micro-batch 32. Linux only."""
+    if not Path("/proc/self/status").exists():
+        return []
 
     def fresh(way: str, size: int) -> int:
         command = [sys.executable, __file__, "--config", path, "--threads", str(threads), "--memory", way, str(size)]
-        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
-    rows = []
-    for way in ("one pass", "replay"):
-        growth = [(fresh(way, 256), fresh(way, 32)) for _ in range(repetitions)]
-        small = statistics.median(b for _, b in growth) / 1e6
-        name = f"peak memory over idle, batch 256 ÷ 32 ({small:.0f} MB), micro-batch 32, {way}"
-        rows.append(Row(name, [a / b for a, b in growth], 1.25))
-    return rows
+    runs = [(fresh("one pass", 32), fresh("one pass", 256), fresh("replay", 256)) for _ in range(repetitions)]
+    small = statistics.median(run[0] for run in runs) / 1e6
+    name = f"growth of peak memory, micro-batch 32, batch 256 ({{}}) ÷ batch 32 (one pass, {small:.0f} MB)"
+    return [
+        Row(name.format("one pass"), [one_pass / base for base, one_pass, _ in runs], 1.25),
+        Row(name.format("replay"), [replay / base for base, _, replay in runs], 1.25),
+    ]
 
 
 def data_wait(path: str, windows: int = 3, steps: int = 10) -> list[Row]:
@@ -289,14 +293,16 @@ def data_wait(path: str, windows: int = 3, steps: int = 10) -> list[Row]:
 
 def count_flop(function: Callable[[], object]) -> int:
     """Floating-point operations of the matrix products in `function`."""
-    aten = torch.ops.aten
-    attention = {  # torch counts the CUDA kernels only
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(
-            q, k, v
-        ),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
-            flop_counter.sdpa_backward_flop_count(grad, q, k, v)
-        ),
+
+    def forward(q, k, v, *_, **__) -> int:
+        return flop_counter.sdpa_flop_count(q, k, v)
+
+    def backward(grad, q, k, v, *_, **__) -> int:
+        return flop_counter.sdpa_backward_flop_count(grad, q, k, v)
+
+    attention = {  # torch knows the CUDA kernels only
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
     with flop_counter.FlopCounterMode(display=False, custom_mapping=attention) as counter:
         function()
@@ -347,7 +353,8 @@ def main(argv: list[str] | None = None) -> int:
             lambda: data_wait(first),
             *(lambda path=path: speed(path, args.seconds, 0.5 if path == first else None) for path in args.config),
         ):
-            print(*figure(), sep="\n", flush=True)
+            for row in figure():
+                print(row, flush=True)
     except InputError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2

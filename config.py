@@ -89,7 +89,9 @@ SCHEMA: dict[str, Key] = {
     ),
     "training.learning_rate": Key(1e-3, float, "AdamW's, at its highest", **POSITIVE),
     "training.min_learning_rate": Key(0.0, float, "where the cosine ends", **at_least(0)),
-    "training.warmup_steps": Key(50, int, "steps of linear warm-up; a run shorter than that never reaches the peak", **at_least(0)),
+    "training.warmup_steps": Key(
+        50, int, "steps of linear warm-up; a run shorter than that never reaches the peak", **at_least(0)
+    ),
     "training.weight_decay": Key(0.05, float, "of weight matrices; biases, norms, tokens have none", **at_least(0)),
     "training.betas": Key(
         [0.9, 0.999],

@@ -146,8 +146,8 @@ def rollout(
         policy = policy_adapter(outputs)  # batch shape [B, T, E…]
         with torch.no_grad():
             if action == "sample":
-                with keyed_rng(seed, step, "actions", index):
-                    actions = sample_actions(policy, actions_per_sample)  # [B, T, A, E…]
+                with keyed_rng(seed, step, "actions", index):  # NaN cannot be drawn from; the loss will tell of it
+                    actions = sample_actions(policy_adapter(outputs.nan_to_num()), actions_per_sample)  # [B, T, A, E…]
             else:
                 actions = policy.mode.unsqueeze(2)  # [B, T, 1, E…]
             total, terms = score(rewards, actions, outputs.detach(), batch.targets, batch.metadata)

@@ -52,6 +52,8 @@ def load_rewards(weights: dict[str, float]) -> dict[str, tuple[Reward, float]]:
         module = vision_task
         if colon:
             try:
+                if not file.endswith(".py"):
+                    raise ImportError("its name should end in .py")
                 spec = importlib.util.spec_from_file_location(Path(file).stem, file)
                 module = importlib.util.module_from_spec(spec)
                 spec.loader.exec_module(module)
@@ -71,7 +73,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"training.device: {name} is not available here ({one_line(error)[:80]})") from None
 
 
@@ -210,7 +212,7 @@ def eval_line(figures: dict[str, float]) -> str:
 def read_rows(rows: list[dict[str, Tensor]], first_step: int, advantage: str) -> dict[str, list[float]]:
     """The metrics of some steps in one copy from the device: name -> its values. Raises InputError where one of them
     shows that the run cannot go on; the weights were not touched from that step on (see `grpo.optimizer_step`)."""
-    names = [name for name in rows[0] if name != "group_rewards"]
+    names = [name for name in rows[0] if name != "group_rewards" and all(name in row for row in rows)]
     table = torch.stack([torch.stack([row[name].float() for name in names]) for row in rows]).cpu()
     values = dict(zip(names, table.T.tolist()))
     for i in range(len(rows)):
@@ -433,7 +435,7 @@ def train(args: argparse.Namespace) -> int:
         if not (log_due or eval_due or save_due):
             continue
 
-        values = read_rows(rows, done - len(rows) + 1, roll.advantage)
+        values = read_rows(rows, done - len(rows) + 1, roll.advantage if training.objective == "grpo" else "")
         writer = writer or SummaryWriter(log_dir, purge_step=start + 1)
         if done == 1:
             writer.add_text("config", f"```\n{yaml.safe_dump(config, sort_keys=False)}```", 1)

@@ -1,0 +1,73 @@
+"""Costs, choices and tables of experiments.py; its runs are too long for a test."""
+
+import math
+
+import pytest
+import torch
+
+import experiments
+
+
+def test_cheque_reward_is_one_minus_a_tenth_of_the_cost_matrix():
+    """All pairs of digits, against the matrix written out."""
+    cost = torch.tensor([[0.0 if a == t else 10.0 if a > t else 1.0 for t in range(10)] for a in range(10)])
+    actions = torch.arange(10)[None, None, :].expand(10, 2, 10)  # each digit for each of ten images
+    rewards = experiments.cheque_reward(actions, None, torch.arange(10), {})
+    assert rewards.shape == (10, 2, 10) and rewards.min() == 0
+    assert torch.equal(rewards[:, 0], 1 - cost.T / 10) and torch.equal(rewards[:, 1], rewards[:, 0])
+
+
+def fake_runs(monkeypatch, value):
+    """Every job gives value(name); returns the jobs that were asked for."""
+    asked = {}
+
+    def run(job):
+        asked[job[0]] = job[1]
+        return value(job[0])
+
+    monkeypatch.setattr(experiments, "run", run)
+    monkeypatch.setattr(experiments, "hold_out", lambda: ["data.train_dir=t"])
+    return asked
+
+
+@pytest.mark.parametrize(("sign", "best"), [(1, 2e-3), (-1, 5e-4)])
+def test_choose_rates_takes_the_best_mean_over_the_seeds(monkeypatch, sign, best):
+    """The figure is the learning rate itself; the hold-out is used, and each seed starts from its own checkpoint."""
+    asked = fake_runs(monkeypatch, lambda name: {"figure": float(name.split("-", 2)[2].rsplit("-", 1)[0])})
+    assert experiments.choose_rates({"m": ["a.b=c"]}, "figure", sign, start="first") == {"m": best}
+    assert len(asked) == 6 and asked["holdout-m-0.001-1"][:2] == ["a.b=c", "data.train_dir=t"]
+    assert "model.checkpoint_path=experiments/ckpt/first-1/last.pt" in asked["holdout-m-0.001-1"]
+
+
+def test_run_seeds_keeps_the_seeds_in_order(monkeypatch):
+    asked = fake_runs(monkeypatch, lambda name: {"name": name})
+    results = experiments.run_seeds({"a": [], "b": []}, {"a": 1e-3, "b": 2e-3})
+    assert [result["name"] for result in results["b"]] == [f"b-{seed}" for seed in range(5)]
+    assert asked["b-3"] == ["training.learning_rate=0.002", "training.seed=3"]
+
+
+def test_the_table_has_medians_and_ratios_to_supervised():
+    """Times are relative to supervised; a method that never gets to 0.95 says so."""
+
+    def result(seconds, accuracies):
+        curve = [((i + 1) * 10, (i + 1) * seconds / 2, accuracy) for i, accuracy in enumerate(accuracies)]
+        return {"seconds": seconds, "curve": curve, "accuracy": accuracies[-1], "nll": 0.5, "ece": 0.1}
+
+    results = {
+        "supervised": [result(10, (0.9, 0.96)), result(10, (0.95, 0.94))],
+        "slow": [result(15, (0.5, 0.95)), result(15, (0.5, 0.97))],
+        "dead": [result(5, (0.1, 0.1)), result(5, (0.1, 0.1))],
+    }
+    assert experiments.seconds_to(0.95, results["supervised"][0]) == 10
+    assert experiments.seconds_to(0.95, results["dead"][0]) == math.inf
+    rows = experiments.table({"supervised": 1e-3, "slow": 5e-4, "dead": 1e-3}, results).split("\n")
+    assert rows[3] == "| slow | 0.0005 | 0.9600 ± 0.0141 | 0.5000 ± 0.0000 | 0.1000 ± 0.0000 | 1.50 | 2.00 |"
+    assert rows[4].endswith("| 0.50 | never |")
+
+
+def test_write_between_replaces_only_what_is_between(tmp_path):
+    path = tmp_path / "x.md"
+    path.write_text("a\n<!-- m -->\nold\n<!-- /m -->\nb\n")
+    experiments.write_between(path, "m", "new")
+    experiments.write_between(path, "m", "newer")
+    assert path.read_text() == "a\n<!-- m -->\nnewer\n<!-- /m -->\nb\n"

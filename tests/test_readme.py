@@ -1,0 +1,56 @@
+"""What the README says, against the code."""
+
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+import experiments
+from config import SCHEMA, check, parse_override, read_yaml
+from train import parse
+
+README = Path("README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[list[str]]:
+    """Every `train.py` command of the README's bash blocks, as argv."""
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in blocks.splitlines()]
+    return [line[line.index("train.py") + 1 :] for line in lines if "train.py" in line]
+
+
+def test_the_config_table_is_the_schema():
+    """Each key stands there once, in order, with its default."""
+    rows = re.findall(r"^\| `(\w+\.\w+)` \| `(.*?)` \|", README, re.M)
+    assert [(name, yaml.safe_load(default)) for name, default in rows] == [
+        (n, key.default) for n, key in SCHEMA.items()
+    ]
+
+
+def test_the_reward_shown_is_the_one_that_was_run():
+    """The code block is the source of the experiments' reward."""
+    shown = re.search(r"```python\n(.*?)```", README, re.S).group(1).strip()
+    functions = (experiments.cheque_cost, experiments.cheque_reward)
+    assert shown == "\n\n\n".join(inspect.getsource(function).strip() for function in functions)
+
+
+@pytest.mark.parametrize("argv", commands(), ids=" ".join)
+def test_the_commands_are_valid(argv):
+    """Flags, config files and keys exist, and the config that results passes the check."""
+    args = parse(argv) if "--help" not in argv else None
+    if args:
+        check((args.config, read_yaml(args.config)), ("README", dict(map(parse_override, args.overrides))))
+
+
+def test_links_lead_somewhere():
+    """Files linked in the README exist, and so do the files that it calls by name."""
+    for target in re.findall(r"\]\((?!http|#)([^)]+)\)", README) + re.findall(r"`(\w+\.(?:py|yaml))`", README):
+        assert Path(target).exists(), target
+
+
+def test_nothing_is_left_to_fill_in():
+    assert not re.findall(r"@[A-Z]+@", README)
+    assert len(commands()) > 5
