@@ -55,7 +55,7 @@ class TensorMiniBatch:
 class Episode:
     """One rollout of a micro-batch: what was seen, sampled, done and earned.
 
-    inputs: [B, C, H, W] prepared images.
+    inputs: [B, C, H, W], what the model was given.
     masks: the dropout masks of each stochastic layer, name -> [B, T, 1, width]. An update must reuse them.
     actions: [B, T, A, E…].
     log_probs: [B, T, A, E…] of the actions under the policy that drew them; with its graph if the rollout kept one.

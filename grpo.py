@@ -131,7 +131,7 @@ def rollout(
     key: tuple[int, int, int] = (0, 0, 0),
     keep_graph: bool = True,
 ) -> Episode:
-    """T stochastic passes over a prepared micro-batch, A actions from each, their rewards and advantages.
+    """T stochastic passes over a micro-batch, A actions from each, their rewards and advantages.
 
     rewards: name -> (function, weight). action: `sample`, or `argmax` (the mode of each pass, A = 1).
     key: (seed, step, index in the global batch of the micro-batch's first image): all draws are a function of it.
@@ -317,7 +317,7 @@ def update_policy(
         loss = sum((count * log["loss"] for count, log in updated), torch.zeros_like(lowest[0]))
         return optimizer_step(optimizer, max_grad_norm, loss)
 
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=False)  # made anew amid a graph, gradients would leave holes in the memory
     stored = []
     for episode in episodes:
         with torch.no_grad():
@@ -335,6 +335,7 @@ def update_policy(
             backward(episode, episode.policy, episode.log_probs)
         if not one_pass or update_epochs > 1:
             stored.append(episode.detach())
+        del episode  # before the next one is made
     if stored and objective == "grpo" and kl_coef == 0 and entropy_coef == 0:
         live = select_live(stored, pad_to)
         stored = [live] if live is not None else []
@@ -342,7 +343,7 @@ def update_policy(
         replay(stored)
     grad_norm = step()
     for _ in range(1, update_epochs):
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
         replay(stored)
         grad_norm = step()
 

@@ -33,7 +33,7 @@ from checkpoint import load_checkpoint, load_weights, save_checkpoint
 from config import check, describe_keys, flatten, one_line, parse_override, read_yaml
 from data_types import Episode, InputError, TensorMiniBatch
 from grpo import Reward, classification_policy_adapter, keyed_rng, rollout, update_policy
-from vision_task import VisionClassificationDataset, ordered_batches, prepare, stream_batches
+from vision_task import Prepared, VisionClassificationDataset, mirror, ordered_batches, prepare, stream_batches
 from vit_model import VisionTransformer
 
 REPLAY_BELOW = 0.6  # share of live groups below which a forward pass without a graph + a replay of the live is cheaper
@@ -138,14 +138,16 @@ def training_step(
     """Rollout, reward, update on a batch of uint8 images on the model's device; returns `update_policy`'s metrics."""
     data, roll, training = (SimpleNamespace(**config[section]) for section in ("data", "rollout", "training"))
     micro_batch_size = training.micro_batch_size or training.batch_size
+    network = Prepared(model, data.mean, data.std)
 
     def episodes() -> Iterator[Episode]:
         for index in range(0, len(batch), micro_batch_size):
             part = batch[index : index + micro_batch_size]
-            with keyed_rng(training.seed, step, "flips", index):
-                part = replace(part, inputs=prepare(part.inputs, data.mean, data.std, data.augment))
+            if data.augment:
+                with keyed_rng(training.seed, step, "flips", index):
+                    part = replace(part, inputs=mirror(part.inputs))
             yield rollout(
-                model,
+                network,
                 part,
                 rewards,
                 classification_policy_adapter,
@@ -158,7 +160,7 @@ def training_step(
             )
 
     return update_policy(
-        model,
+        network,
         optimizer,
         episodes(),
         batch_size=len(batch),
@@ -170,7 +172,7 @@ def training_step(
         update_epochs=training.update_epochs,
         kl_coef=training.kl_coef,
         entropy_coef=training.entropy_coef,
-        reference=reference,
+        reference=Prepared(reference, data.mean, data.std) if reference else None,
         max_grad_norm=training.max_grad_norm,
         pad_to=max(micro_batch_size // 4, 1) if config["model"]["compile"] else 1,
     )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from data_types import InputError, TensorMiniBatch
@@ -201,13 +201,28 @@ def ordered_batches(dataset: VisionClassificationDataset, batch_size: int, **opt
         yield batch[: n - step * batch_size]  # the last batch is filled up from the next epoch
 
 
+def mirror(images: Tensor) -> Tensor:
+    """Each of the images [B, C, H, W] mirrored with probability 1/2 (drawn from torch's global generator)."""
+    mirrored = torch.rand(len(images), device=images.device) < 0.5
+    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+
+
 def prepare(images: Tensor, mean: list[float], std: list[float], augment: bool = False) -> Tensor:
-    """uint8 [B, C, H, W] -> float32, scaled to [0, 1], normalised by channel; with `augment`, each image is mirrored
-    with probability 1/2 (drawn from torch's global generator)."""
-    if augment:
-        mirrored = torch.rand(len(images), device=images.device) < 0.5
-        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-    return (images - per_channel(tuple(mean), images.device)) / per_channel(tuple(std), images.device)
+    """uint8 [B, C, H, W] -> float32, scaled to [0, 1], normalised by channel; with `augment` after `mirror`."""
+    images = mirror(images) if augment else images
+    return (images - per_channel(tuple(mean), images.device)).div_(per_channel(tuple(std), images.device))
+
+
+class Prepared(nn.Module):
+    """A model as a function of uint8 images: an episode kept for a replay holds these, a quarter of the floats."""
+
+    def __init__(self, model: nn.Module, mean: list[float], std: list[float]):
+        super().__init__()
+        self.model, self.mean, self.std = model, mean, std
+        self.sample_masks = model.sample_masks
+
+    def forward(self, images: Tensor, masks: dict[str, Tensor] | None = None) -> Tensor:
+        return self.model(prepare(images, self.mean, self.std), masks)
 
 
 @lru_cache

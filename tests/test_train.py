@@ -182,7 +182,7 @@ def watch_weights(monkeypatch) -> list[dict]:
 
     def update(model, *arguments, **options):
         metrics = update_policy(model, *arguments, **options)
-        seen.append(copy.deepcopy(dict(model.state_dict())))
+        seen.append(copy.deepcopy(dict(model.model.state_dict())))
         return metrics
 
     update_policy = train.update_policy

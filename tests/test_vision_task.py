@@ -37,6 +37,7 @@ from vision_task import (
     prepare,
     stream_batches,
 )
+from vit_model import VisionTransformer
 
 SUFFIXES = ".png .jpg .jpeg .bmp .webp .tif .tiff .gif"
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # two workers on one core
@@ -781,3 +782,15 @@ def test_draw_most_uncertain_shows_the_highest_entropy_first(tmp_path, monkeypat
         ["true bee", "bee (75%)", "entropy 0.56"],
         ["true ant", "ant (90%)", "entropy 0.33"],
     ]
+
+
+def test_a_prepared_model_takes_uint8_images():
+    """Its logits are the model's on prepared images, with and without masks, and it draws the model's masks."""
+    model = VisionTransformer(8, 4, 3, 16, 2, 2, num_classes=3)
+    network = vision_task.Prepared(model, [0.4] * 3, [0.2] * 3)
+    images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with keyed_rng("masks"):
+        masks = network.sample_masks(5, 2)
+    assert masks["pos_drop"].shape == (5, 2, 1, 16)
+    assert torch.equal(network(images), model(prepare(images, [0.4] * 3, [0.2] * 3)))
+    assert torch.equal(network(images, masks), model(prepare(images, [0.4] * 3, [0.2] * 3), masks))
