@@ -52,9 +52,9 @@ def save_checkpoint(state: State, directory: Path, *, best: bool, keep: int) -> 
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        link(path, directory / "last.pt")
-        if best:
+        if best:  # before last.pt: a crash between the two repeats this step, and then this
             link(path, directory / "best.pt")
+        link(path, directory / "last.pt")
         fsync_directory(directory)
         for old in sorted(directory.glob("step_*.pt"), key=lambda file: (len(file.name), file.name))[:-keep]:
             if old != path:

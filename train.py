@@ -72,7 +72,10 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.empty(1, device=name).device
+        device = torch.empty(1, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # whose random state `keyed_rng` forks
+        return device
     except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"training.device: {name} is not available here ({one_line(error)[:80]})") from None
 

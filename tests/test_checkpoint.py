@@ -133,9 +133,9 @@ KILLS = {
     "half of the file is written": (1, 1, {"step_000001.pt"}),
     "written, not renamed": (1, 1, {"step_000001.pt"}),
     "renamed, not linked": (1, 1, {"step_000001.pt", "step_000002.pt"}),
-    "linked, last.pt not renamed": (1, 1, {"step_000001.pt", "step_000002.pt"}),
-    "last.pt renamed, best.pt not": (2, 1, {"step_000001.pt", "step_000002.pt"}),
-    "best.pt renamed, folder not synced": (2, 2, {"step_000001.pt", "step_000002.pt"}),
+    "linked, best.pt not renamed": (1, 1, {"step_000001.pt", "step_000002.pt"}),
+    "best.pt renamed, last.pt not": (1, 2, {"step_000001.pt", "step_000002.pt"}),
+    "last.pt renamed, folder not synced": (2, 2, {"step_000001.pt", "step_000002.pt"}),
     "old step file about to go": (2, 2, {"step_000001.pt", "step_000002.pt"}),
 }
 SCRIPT = """
