@@ -155,8 +155,8 @@ def seconds_to(accuracy: float, result: dict) -> float:
 
 
 def table(rates: dict[str, float], results: dict[str, list[dict]]) -> str:
-    """Accuracy, NLL, ECE, time of a run and time to 0.95 as a markdown table. Times are relative to the supervised run of
-    the same seed, which ran at about the same moment (the machine's speed drifts): the median ratio."""
+    """Accuracy, NLL, ECE, time of a run and time to 0.95: a markdown table. A time is the median ratio to the
+    supervised run of the same seed, which ran at about the same moment (the machine's speed drifts)."""
     lines = [
         "| what learns | learning rate | eval accuracy | NLL | ECE | time ÷ supervised | time to 0.95 ÷ supervised |",
         "|---|---|---|---|---|---|---|",
