@@ -781,10 +781,10 @@ def test_compiled(monkeypatch):
 
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", compile_with)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
     keys = ("training.steps=3", "rollout.reward=rewards.py:rare", "training.log_interval=1")
     assert run("training.run_name=eager", *keys) == 0
-    assert run("training.run_name=compiled", "model.compile=true", *keys) == 0
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):  # train.py sets it
+        assert run("training.run_name=compiled", "model.compile=true", *keys) == 0
     torch._dynamo.reset()
     assert compiled == [{"fullgraph": True, "dynamic": False}]
     assert list(ckpt("compiled")["model"]) == list(ckpt("eager")["model"])
