@@ -96,7 +96,9 @@ def load_weights(model: nn.Module, path: str) -> str:
     The head stays fresh if its shape does not fit. Returns a line that says what was done. Raises InputError for any
     other missing, unknown or ill-shaped tensor.
     """
-    state = read_file(Path(path))
+    path = Path(path)
+    path = path / "last.pt" if path.is_dir() else path
+    state = read_file(path)
     weights = state.get("model", state) if isinstance(state, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
         raise InputError(f"{path}: model.checkpoint_path should name a state dict, name -> tensor")

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,8 +55,8 @@ def load_rewards(weights: dict[str, float]) -> dict[str, tuple[Reward, float]]:
             try:
                 if not file.endswith(".py"):
                     raise ImportError("its name should end in .py")
-                spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-                module = importlib.util.module_from_spec(spec)
+                spec = importlib.util.spec_from_file_location(f"reward file {file}", file)
+                module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
                 spec.loader.exec_module(module)
             except Exception as error:  # whatever the user's file raises
                 raise InputError(f"rollout.reward: {file} cannot be loaded ({one_line(error)})") from error
@@ -233,9 +234,10 @@ def read_rows(rows: list[dict[str, Tensor]], first_step: int, advantage: str) ->
                 "rewards >= 0: add a constant to it, or take rloo"
             )
         if not (math.isfinite(values["loss"][i]) and math.isfinite(values["grad_norm"][i])):
+            norms = f"the loss is {values['loss'][i]:g}, the gradient norm {values['grad_norm'][i]:g} {at}"
             raise InputError(
-                f"the loss is {values['loss'][i]:g}, the gradient norm {values['grad_norm'][i]:g} {at}; the weights "
-                "were not touched: go on from the last checkpoint (--resume) with a lower training.learning_rate"
+                f"{norms}; the weights were not touched: lower training.learning_rate; --resume goes on from the last "
+                "checkpoint, if there is one"
             )
     return values
 
@@ -306,7 +308,7 @@ def train(args: argparse.Namespace) -> int:
         for used in (run_dir, log_dir):
             if used.is_dir() and any(used.iterdir()):
                 raise InputError(
-                    f"{used} exists: go on with --resume auto, or name a new run with training.run_name=NAME"
+                    f"{used} exists: go on with --resume auto, delete it, or name a new run with training.run_name=NAME"
                 )
     rewards = load_rewards(roll.reward)
     micro_batch_size = training.micro_batch_size or training.batch_size
@@ -318,6 +320,8 @@ def train(args: argparse.Namespace) -> int:
     if not args.evaluate:
         train_set = VisionClassificationDataset(data.train_dir, image_size, classes)
         classes = train_set.classes
+        if len(classes) < 2:
+            raise InputError(f"{data.train_dir}: only one class, {classes[0]}; there is nothing to tell it from")
         console.line(f"{data.train_dir}: {len(train_set)} images of {len(classes)} classes")
     if data.eval_dir and (Path(data.eval_dir).exists() or args.evaluate):
         eval_set = VisionClassificationDataset(data.eval_dir, image_size, classes)
@@ -454,10 +458,10 @@ def train(args: argparse.Namespace) -> int:
             writer.add_scalar("learning_rate", learning_rate(step, training), done)
             writer.add_scalar("speed/images_per_second", speed, done)
             writer.add_scalar("speed/data_wait", waited / seconds, done)
-            left = int((time.perf_counter() - begin) / (done - start) * (training.steps - done))
+            left = timedelta(seconds=int((time.perf_counter() - begin) / (done - start) * (training.steps - done)))
             console.progress(
                 f"step {done}/{training.steps}  reward {means['reward/mean']:.3f}  live groups {live_share:.0%}  "
-                f"{speed:.0f} images/s  {left // 60}:{left % 60:02d} left"
+                f"{speed:.0f} images/s  {left} left"
             )
             for live in values["groups/live"]:
                 dead_steps = 0 if live > 0 else dead_steps + 1
@@ -501,6 +505,8 @@ def main(argv: list[str] | None = None) -> int:
     except (InputError, OSError) as error:  # OSError: the disk under the TensorBoard events, say
         print(f"\ntrain.py: {error}" if sys.stdout.isatty() else f"train.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the first step or after the last: there is nothing to save
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

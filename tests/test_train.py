@@ -383,7 +383,7 @@ def test_console_without_a_terminal(capsys):
         "data.cache: auto: 0 MB of decoded images, kept in memory after the first epoch",
         f"{count:.2f} M parameters on cpu, float32",
     ]
-    progress = r"step 1/12  reward 0\.\d{3}  live groups \d+%  \d+ images/s  \d+:\d\d left"
+    progress = r"step 1/12  reward 0\.\d{3}  live groups \d+%  \d+ images/s  \d+:\d\d:\d\d left"
     assert re.fullmatch(progress, lines[4])
     assert [line.split(":")[0] for line in lines[5:]] == ["step 6", "step 12", "done"]
     assert lines[-1] == "done: ckpt/tiny/step_000012.pt" and "\r" not in "".join(lines)
@@ -633,7 +633,7 @@ def test_a_run_that_exists_is_not_overwritten(capsys):
     """Neither its checkpoints nor, alone, its TensorBoard events."""
     assert run() == 0
     before = files(Path("ckpt/tiny")) | files(Path("logs/tiny"))
-    end = "exists: go on with --resume auto, or name a new run with training.run_name=NAME"
+    end = "exists: go on with --resume auto, delete it, or name a new run with training.run_name=NAME"
     assert refused(capsys) == f"ckpt/tiny {end}"
     assert files(Path("ckpt/tiny")) | files(Path("logs/tiny")) == before
     assert refused(capsys, "training.ckpt_dir=elsewhere") == f"logs/tiny {end}"
@@ -880,8 +880,8 @@ def test_rewards_of_a_wrong_shape(capsys, monkeypatch, name, expected):
         ),
         (
             "huge",
-            r"the loss is (\S+), the gradient norm inf at step 5; the weights were not touched: go on from the last "
-            r"checkpoint \(--resume\) with a lower training.learning_rate",
+            r"the loss is (\S+), the gradient norm inf at step 5; the weights were not touched: lower "
+            r"training.learning_rate; --resume goes on from the last checkpoint, if there is one",
         ),
     ],
 )
@@ -966,3 +966,24 @@ def test_every_shipped_key_can_be_overridden_from_the_command_line():
     keys = read_yaml("tiny.yaml") | {"training.steps": 3}
     flat = flatten(config, "")
     assert {name: flat[name] for name in keys} == keys
+
+
+def test_one_class_is_nothing_to_learn(capsys, tmp_path):
+    """A training folder with a single class is refused."""
+    (tmp_path / "one" / "x").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "one" / "x" / "0.png")
+    text = refused(capsys, f"data.train_dir={tmp_path}/one", "data.eval_dir=null")
+    assert text == f"{tmp_path}/one: only one class, x; there is nothing to tell it from"
+
+
+def test_a_reward_file_may_define_a_dataclass(tmp_path):
+    """It is a module like others: `from __future__ import annotations` and dataclasses look it up by name."""
+    (tmp_path / "classy.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Fine:\n    size: float = 2.0\n"
+        "def reward(actions, outputs, targets, metadata):\n"
+        "    return Fine().size * (actions == targets[:, None, None])\n"
+    )
+    ((function, weight),) = train.load_rewards({f"{tmp_path}/classy.py:reward": 0.5}).values()
+    actions, targets = torch.tensor([[[0, 1]]]), torch.tensor([1])
+    assert weight == 0.5 and function(actions, None, targets, {}).tolist() == [[[0.0, 2.0]]]
