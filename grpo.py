@@ -31,7 +31,10 @@ def keyed_rng(*key: int | str) -> Iterator[None]:
     seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed formats a stack trace for each absent backend
+        for backend in (torch.cuda, torch.mps):
+            if backend.is_available():
+                backend.manual_seed(seed)
         yield
 
 
