@@ -9,12 +9,14 @@ process, pair by pair. Figures that no config changes the meaning of are measure
 
 import argparse
 import copy
+import ctypes
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -156,6 +158,15 @@ def prepared(s: Setup, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         inputs = prepare(s.batch.inputs, data["mean"], data["std"], data["augment"])
     with keyed_rng(training["seed"], step, "masks", 0):
         return inputs, s.model.sample_masks(len(inputs), s.config["rollout"]["num_mc_samples"])
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed. Two kinds of steps in turn make it give memory back to the system and fetch it
+    again page by page, time that neither takes when it runs alone (there are no page faults then)."""
+    with suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        for option, value in ((-1, 2**31 - 1), (-4, 0)):  # M_TRIM_THRESHOLD: never; M_MMAP_MAX: no mapping by itself
+            libc.mallopt(option, value)
 
 
 # --- Figures ----------------------------------------------------------------------------------------------------------
@@ -340,6 +351,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.memory:
             print(memory_growth(first, args.memory[0], int(args.memory[1])))
             return 0
+        keep_freed_memory()
         for path in args.config:
             configure(path, {})
         begin = time.perf_counter()

@@ -142,7 +142,8 @@ class VisionTransformer(nn.Module):
         keep = 1.0 - self.dropout
         weight = self.head.weight
         shape = (batch_size, num_samples, 1, sum(self.sites.values()))
-        flat = torch.empty(shape, dtype=weight.dtype, device=weight.device).bernoulli_(keep).div_(keep)
+        # twice as fast on the CPU as bernoulli_, which is serial there
+        flat = torch.rand(shape, dtype=weight.dtype, device=weight.device).lt_(keep).div_(keep)
         return dict(zip(self.sites, flat.split(list(self.sites.values()), dim=-1)))
 
     def forward_features(self, images: Tensor, masks: Masks | None, class_token_only: bool) -> Tensor:
