@@ -125,7 +125,7 @@ def build(config: dict) -> Setup:
     optimizer = train.build_optimizer(model, training)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    return Setup(config, model, optimizer, train.load_rewards(config["rollout"]["reward"]), reference)
+    return Setup(config, model, optimizer, train.load_rewards(config), reference)
 
 
 def build_with_images(path: str, overrides: dict, count: int | None = None) -> Setup:

@@ -37,6 +37,12 @@ FRACTION = {"rule": ">= 0 and < 1", "valid": lambda value: 0 <= value < 1}
 CHANNELS = {"rule": "three numbers", "valid": lambda value: len(value) == 3}
 
 SCHEMA: dict[str, Key] = {
+    "task": Key(
+        "classification",
+        str,
+        "what an action is: a class, a mask, or classes and boxes",
+        **one_of("classification", "segmentation", "detection"),
+    ),
     "model.image_size": Key(224, int, "height and width images are resized to, pixels", **at_least(1)),
     "model.patch_size": Key(16, int, "height and width of a patch, pixels; divides image_size", **at_least(1)),
     "model.embed_dim": Key(192, int, "width of the tokens", **at_least(1)),
@@ -47,13 +53,13 @@ SCHEMA: dict[str, Key] = {
     "model.dropout_blocks": Key(
         None, int, "dropout in the last k blocks only; null: everywhere", **at_least(1), optional=True
     ),
-    "model.num_classes": Key(None, int, "null: the classes of data.train_dir", **at_least(2), optional=True),
+    "model.num_classes": Key(None, int, "null: the classes of data.train_dir", **at_least(1), optional=True),
     "model.checkpoint_path": Key(
         None, str, "weights to start from: a checkpoint of this repo or a state dict", optional=True
     ),
     "model.compile": Key(False, bool, "torch.compile the model"),
-    "data.train_dir": Key("data/train", str, "image folder, one subdirectory per class"),
-    "data.eval_dir": Key("data/eval", str, "image folder of the same classes; null: no evaluation", optional=True),
+    "data.train_dir": Key("data/train", str, "folder of images, in the task's format"),
+    "data.eval_dir": Key("data/eval", str, "folder of the same classes; null: no evaluation", optional=True),
     "data.mean": Key([0.485, 0.456, 0.406], list, "mean of the red, green, blue channels in [0, 1]", **CHANNELS),
     "data.std": Key(
         [0.229, 0.224, 0.225],
@@ -75,11 +81,22 @@ SCHEMA: dict[str, Key] = {
     ),
     "rollout.advantage": Key("maxrl", str, "estimator of the advantages", **one_of("grpo", "rloo", "maxrl")),
     "rollout.reward": Key(
-        {"classification_reward": 1.0},
+        None,
         dict,
-        "a function of the task's module or path/to/file.py:function; several: a list, or a mapping name -> weight",
+        "a function of the task's module or path/to/file.py:function; several: a list, or a mapping name -> weight; "
+        "null: classification_reward, mask_iou_credit or detection_reward",
         rule="at least one name",
         valid=lambda value: len(value) > 0,
+        optional=True,
+    ),
+    "detection.box_std": Key(0.3, float, "standard deviation of a box action in raw space, in patches", **POSITIVE),
+    "detection.box_std_end": Key(
+        None, float, "where it ends, by a geometric schedule; null: it stays", **POSITIVE, optional=True
+    ),
+    "detection.supervised_loss": Key("iou", str, "of a box: -log π(target), or 1 - IoU", **one_of("log_prob", "iou")),
+    "detection.score_threshold": Key(0.05, float, "the least probability of a detection", **FRACTION),
+    "detection.nms_iou": Key(
+        0.5, float, "of two detections of a class that overlap more the weaker is dropped", **FRACTION
     ),
     "training.objective": Key("grpo", str, "learn from rewards, or from labels", **one_of("grpo", "supervised")),
     "training.steps": Key(1000, int, "batches of experience to learn from", **at_least(1)),
@@ -142,11 +159,15 @@ KINDS = {
 
 
 def flatten(nested: Any, source: str) -> dict[str, Any]:
-    """{section: {key: value}} -> {"section.key": value}; raises InputError for anything else."""
+    """{section: {key: value}, task: value} -> {"section.key": value, "task": value}; raises InputError for anything
+    else."""
     if not isinstance(nested, dict):
         raise InputError(f"{source}: should hold sections of keys, not {type(nested).__name__}")
     flat = {}
     for section, keys in nested.items():
+        if section in SCHEMA:
+            flat[section] = keys
+            continue
         if keys is not None and not isinstance(keys, dict):
             hint = "" if section in nest(dict.fromkeys(SCHEMA)) else suggest(str(section))
             raise InputError(f"{source}: {one_line(str(section))}: should be a section of keys{hint}")
@@ -156,17 +177,20 @@ def flatten(nested: Any, source: str) -> dict[str, Any]:
 
 def nest(flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The inverse of `flatten`."""
-    nested: dict[str, dict] = {}
+    nested: dict[str, Any] = {}
     for name, value in flat.items():
-        section, key = name.split(".")
-        nested.setdefault(section, {})[key] = value
+        section, dot, key = name.partition(".")
+        if dot:
+            nested.setdefault(section, {})[key] = value
+        else:
+            nested[name] = value
     return nested
 
 
 def suggest(name: str) -> str:
     """The nearest known key, as the end of a message."""
     near = difflib.get_close_matches(name, SCHEMA, 1, 0.4)
-    same = [known for known in SCHEMA if known.split(".")[1] == name.split(".")[-1]]
+    same = [known for known in SCHEMA if known.split(".")[-1] == name.split(".")[-1]]
     return f"; did you mean {(same or near)[0]}?" if same or near else "; --help lists the keys"
 
 
@@ -205,9 +229,8 @@ def number(value: Any) -> float:
 
 def check_pairs(config: dict[str, Any]) -> None:
     """Raises InputError for values that are impossible together."""
-    c = SimpleNamespace(**{name.split(".")[1]: value for name, value in config.items()})
+    c = SimpleNamespace(**{name.split(".")[-1]: value for name, value in config.items()})
     sampled = c.action == "sample"
-    group = c.num_mc_samples * (c.actions_per_sample if sampled else 1)
     micro = c.micro_batch_size or c.batch_size
     for bad, message in (
         (
@@ -235,10 +258,6 @@ def check_pairs(config: dict[str, Any]) -> None:
             c.num_mc_samples > 1 and c.dropout == 0,
             f"rollout.num_mc_samples: {c.num_mc_samples} passes without dropout are all the same; "
             "set it to 1 or model.dropout above 0",
-        ),
-        (
-            c.objective == "grpo" and group < 2,
-            "rollout.actions_per_sample: a group needs two actions; raise it or rollout.num_mc_samples",
         ),
         (micro > c.batch_size, f"training.micro_batch_size: {micro} is more than training.batch_size: {c.batch_size}"),
         (

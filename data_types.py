@@ -1,7 +1,8 @@
 """What flows through a training step: plain dataclasses of tensors over a batch, never one Python object per sample.
 
 Symbols, used in every file: B images, T Monte Carlo Dropout passes per image, A actions drawn per pass, E… the elements
-of one action (nothing for a class, [P] for boxes, [H, W] for masks). The N = T * A actions of one image are its group.
+of one action (nothing for a class, [2, P] for classes and boxes of patches, [H, W] for masks). The N = T * A actions of
+one image are its group.
 """
 
 from collections.abc import Callable
@@ -21,14 +22,17 @@ class TensorMiniBatch:
     """Images with what is known about them.
 
     inputs: [B, C, H, W], uint8 as the loader hands it out, float once `prepare` has normalised it.
-    targets: [B, …], for classification the int64 class index.
+    targets: [B, E…], an action that would be right: for classification the int64 class index.
     metadata: `paths`, a list of B strings; `indices`, [B] int64 places in the data set; whatever else a reward needs.
         Tensors and lists have an entry per image; what is about the whole data set is something else, a tuple say.
+    counted: [B, E…] bool, the elements that count; None: all. The others (padding, an ignored label) have some target,
+        but no reward, advantage or loss.
     """
 
     inputs: Tensor
     targets: Tensor
     metadata: dict = field(default_factory=dict)
+    counted: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -36,19 +40,34 @@ class TensorMiniBatch:
     def __getitem__(self, part: slice) -> "TensorMiniBatch":
         """The images `part` of the batch (a slice), as views."""
         metadata = {k: v[part] if isinstance(v, (Tensor, list)) else v for k, v in self.metadata.items()}
-        return TensorMiniBatch(self.inputs[part], self.targets[part], metadata)
+        counted = None if self.counted is None else self.counted[part]
+        return TensorMiniBatch(self.inputs[part], self.targets[part], metadata, counted)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "TensorMiniBatch":
+        """Apply `function` to each tensor."""
+        metadata = {k: function(v) if isinstance(v, Tensor) else v for k, v in self.metadata.items()}
+        counted = None if self.counted is None else function(self.counted)
+        return TensorMiniBatch(function(self.inputs), function(self.targets), metadata, counted)
 
     def pin_memory(self) -> "TensorMiniBatch":
         """In page-locked memory, whence a copy to the GPU can overlap with work; DataLoader calls this."""
-        return replace(self, inputs=self.inputs.pin_memory(), targets=self.targets.pin_memory())
+        return self.map(Tensor.pin_memory)
 
     def to(self, device: torch.device | str) -> "TensorMiniBatch":
-        """Inputs and targets on `device`; from pinned memory without waiting."""
-        return replace(
-            self,
-            inputs=self.inputs.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-        )
+        """All its tensors on `device`; from pinned memory without waiting."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+
+@dataclass
+class Credit:
+    """What a reward returns that has done its own credit assignment: advantages that are finished.
+
+    advantages: [B, T, A], one per action, or [B, T, A, E…], one per element; they skip the estimator.
+    rewards: the scores behind them, [B, T, A] or [B, T, A, E…], for the log.
+    """
+
+    advantages: Tensor
+    rewards: Tensor
 
 
 @dataclass
@@ -57,13 +76,14 @@ class Episode:
 
     inputs: [B, C, H, W], what the model was given.
     masks: the dropout masks of each stochastic layer, name -> [B, T, 1, width]. An update must reuse them.
-    actions: [B, T, A, E…].
+    actions: [B, T, A, E…], and after that the dimensions of one element if it is no plain number (a box's four).
     log_probs: [B, T, A, E…] of the actions under the policy that drew them; with its graph if the rollout kept one.
     rewards: [B, T, A], one score per action, or [B, T, A, E…], one per element.
-    advantages: as the rewards.
+    advantages: [B, T, A] or [B, T, A, E…].
     metadata: `predicted`, [B, T, E…], the mode of each pass (the predicted class index); `targets`, [B, …];
         `reward_terms`, name -> that reward by itself, before weights; `paths`, `indices` and the rest of the batch's.
     policy: the distribution itself, batch shape [B, T, E…]; None once detached.
+    counted: [B, E…] bool, the elements that count; None: all.
     """
 
     inputs: Tensor
@@ -74,6 +94,7 @@ class Episode:
     advantages: Tensor
     metadata: dict = field(default_factory=dict)
     policy: Distribution | None = None
+    counted: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -99,6 +120,7 @@ class Episode:
         """Apply `function` to the list of each tensor of detached episodes."""
         first = episodes[0]
         tensors = ("inputs", "actions", "log_probs", "rewards", "advantages")
+        tensors += () if first.counted is None else ("counted",)
         return Episode(
             **{name: function([getattr(e, name) for e in episodes]) for name in tensors},
             masks={name: function([e.masks[name] for e in episodes]) for name in first.masks},

@@ -24,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from checkpoint import load_checkpoint
-from train import build_model, predict
+from train import build_model, evaluate
 from vision_task import VisionClassificationDataset, ordered_batches
 
 ROOT = Path("experiments")
@@ -75,7 +75,8 @@ def mean_cost(checkpoint: Path) -> float:
     model = build_model(config, len(state["classes"]), torch.device("cpu"))
     model.load_state_dict(state["model"])
     dataset = VisionClassificationDataset(config["data"]["eval_dir"], config["model"]["image_size"], state["classes"])
-    deterministic, _, targets = predict(model, ordered_batches(dataset, 64), config, torch.device("cpu"))
+    evaluation = evaluate(model, ordered_batches(dataset, 64), dataset, config, torch.device("cpu"))
+    deterministic, _, targets = evaluation.columns()
     return float(cheque_cost(deterministic.argmax(-1), targets).mean())
 
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Distribution, kl_divergence
 
-from data_types import Episode, InputError, TensorMiniBatch
+from data_types import Credit, Episode, InputError, TensorMiniBatch
 
-# reward(actions [B, T, A, E…], outputs [B, T, …], targets [B, …], metadata) -> [B, T, A] or [B, T, A, E…]
-Reward = Callable[[Tensor, Tensor, Tensor, dict], Tensor]
+# reward(actions [B, T, A, E…], outputs [B, T, …], targets [B, E…], metadata) -> [B, T, A] or [B, T, A, E…]
+Reward = Callable[[Tensor, Tensor, Tensor, dict], Tensor | Credit]
 PolicyAdapter = Callable[[Tensor], Distribution]
+SupervisedLoss = Callable[[Distribution, Tensor], Tensor]  # (policy, targets [B, T, 1, E…]) -> [B, T, 1, E…]
 
 
 @contextmanager
@@ -55,6 +56,41 @@ def sample_actions(policy: Distribution, num_actions: int) -> Tensor:
 def action_log_prob(policy: Distribution, actions: Tensor) -> Tensor:
     """log π(action) of actions [B, T, A, E…], in the same layout."""
     return policy.log_prob(actions.movedim(2, 0)).movedim(0, 2)
+
+
+def nll(policy: Distribution, targets: Tensor) -> Tensor:
+    """-log π(targets) of targets [B, T, 1, E…], in the same layout: what learning from labels minimises."""
+    return -action_log_prob(policy, targets)
+
+
+# --- Elements that count --------------------------------------------------------------------------------------------
+
+
+def only_counted(values: Tensor, counted: Tensor | None) -> Tensor:
+    """`values` [B, …, E…] with 0 (never NaN) where an element does not count. counted: [B, E…] bool; None: all."""
+    if counted is None:
+        return values
+    return torch.where(
+        counted.reshape(len(counted), *[1] * (values.ndim - counted.ndim), *counted.shape[1:]), values, 0
+    )
+
+
+def mean_counted(values: Tensor, counted: Tensor | None) -> Tensor:
+    """The mean of `values` [B, …, E…] over all elements that count; 0 if none does."""
+    if counted is None:
+        return values.mean()
+    repeats = values.numel() // counted.numel()  # of each element: passes, actions
+    return only_counted(values, counted).sum() / (repeats * counted.sum()).clamp(min=1)
+
+
+def mean_per_image(values: Tensor, counted: Tensor | None) -> Tensor:
+    """The mean of `values` [B, …, E…] over each image's elements that count, [B]; 0 if none does."""
+    if counted is None:
+        return values.reshape(len(values), -1).mean(1)
+    repeats = values.numel() // counted.numel()
+    return only_counted(values, counted).reshape(len(values), -1).sum(1) / (repeats * counted.flatten(1).sum(1)).clamp(
+        min=1
+    )
 
 
 # --- Advantages -----------------------------------------------------------------------------------------------------
@@ -96,29 +132,59 @@ def compute_advantages(rewards: Tensor, estimator: str) -> Tensor:
 # --- Rollout --------------------------------------------------------------------------------------------------------
 
 
-def score(rewards: Mapping[str, tuple[Reward, float]], actions, outputs, targets, metadata) -> tuple[Tensor, dict]:
-    """The weighted sum of the rewards, [B, T, A] or [B, T, A, E…], and each by itself, name -> Tensor.
+def add(total: Tensor | None, term: Tensor) -> Tensor:
+    """The sum of two rewards or advantages, [B, T, A] or [B, T, A, E…]: one per action goes to all its elements."""
+    if total is None:
+        return term
+    dims = max(total.ndim, term.ndim)
+    total, term = (x.reshape(*x.shape, *[1] * (dims - x.ndim)) for x in (total, term))
+    return total + term
 
-    Raises InputError if one returns something else than a tensor of one of these two shapes.
+
+def score(
+    rewards: Mapping[str, tuple[Reward, float]],
+    actions: Tensor,
+    outputs: Tensor,
+    batch: TensorMiniBatch,
+    shape: torch.Size,
+    estimator: str,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Rewards and advantages of the actions, each [B, T, A] or [B, T, A, E…], and each reward by itself by its name.
+
+    shape: [B, T, A, E…]. The weighted sum of the rewards goes through the estimator; advantages that are finished
+    (`Credit`), weighted too, are added. Elements that do not count have reward and advantage 0.
+    Raises InputError if a reward returns something else than tensors of one of the two shapes, or would need a group.
     """
-    total, terms = None, {}
+    total = plain = finished = None
+    terms, allowed = {}, {shape[:3], shape}
+    dtype = torch.promote_types(outputs.dtype, torch.float32)
+    metadata = batch.metadata if batch.counted is None else batch.metadata | {"counted": batch.counted}
     for name, (reward, weight) in rewards.items():
-        term = reward(actions, outputs, targets, metadata)
-        allowed = {actions.shape[:3], actions.shape}
-        if not isinstance(term, Tensor) or term.shape not in allowed:
-            returned = f"a tensor of shape {list(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
-            expected = " or ".join(str(list(shape)) for shape in sorted(allowed))
+        returned = reward(actions, outputs, batch.targets, metadata)
+        parts = (returned.rewards, returned.advantages) if isinstance(returned, Credit) else (returned,)
+        for part in parts:
+            if not isinstance(part, Tensor) or part.shape not in allowed:
+                what = f"a tensor of shape {list(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
+                expected = " or ".join(str(list(shape)) for shape in sorted(allowed))
+                raise InputError(
+                    f"rollout.reward: {name} returned {what}; expected a tensor of shape [B, T, A, …] = {expected}"
+                )
+        parts = [part.to(actions.device, dtype) for part in parts]
+        parts = [only_counted(part, batch.counted) if part.shape == shape else part for part in parts]
+        terms[name] = parts[0]
+        total = add(total, weight * parts[0])
+        if len(parts) == 2:
+            finished = add(finished, weight * parts[1])
+        elif shape[1] * shape[2] > 1:
+            plain = add(plain, weight * parts[0])
+        else:
             raise InputError(
-                f"rollout.reward: {name} returned {returned}; expected a tensor of shape [B, T, A, …] = {expected}"
+                "rollout.actions_per_sample: a group needs two actions; raise it or rollout.num_mc_samples"
             )
-        terms[name] = term = term.to(actions.device, torch.promote_types(outputs.dtype, torch.float32))
-        weighted = weight * term
-        if total is not None:  # a score per action goes to all its elements
-            dims = max(total.ndim, weighted.ndim)
-            total, weighted = (x.reshape(*x.shape, *[1] * (dims - x.ndim)) for x in (total, weighted))
-            weighted = total + weighted
-        total = weighted
-    return total, terms
+    advantages = finished if plain is None else compute_advantages(plain, estimator)
+    if plain is not None and finished is not None:
+        advantages = add(advantages, finished)
+    return total, advantages, terms
 
 
 def rollout(
@@ -153,11 +219,11 @@ def rollout(
                     actions = sample_actions(policy_adapter(outputs.nan_to_num()), actions_per_sample)  # [B, T, A, E…]
             else:
                 actions = policy.mode.unsqueeze(2)  # [B, T, 1, E…]
-            total, terms = score(rewards, actions, outputs.detach(), batch.targets, batch.metadata)
-            advantages = compute_advantages(total, advantage)
+            shape = actions.shape[:3] + policy.batch_shape[2:]  # [B, T, A, E…]
+            total, advantages, terms = score(rewards, actions, outputs.detach(), batch, shape, advantage)
         log_probs = action_log_prob(policy, actions)
     metadata = batch.metadata | {"targets": batch.targets, "predicted": policy.mode.detach(), "reward_terms": terms}
-    return Episode(batch.inputs, masks, actions, log_probs, total, advantages, metadata, policy)
+    return Episode(batch.inputs, masks, actions, log_probs, total, advantages, metadata, policy, batch.counted)
 
 
 # --- Loss and update ------------------------------------------------------------------------------------------------
@@ -202,32 +268,36 @@ def policy_loss(
     log_probs: Tensor,
     *,
     objective: str,
+    supervised_loss: SupervisedLoss,
     clip_low: float,
     clip_high: float,
     kl_coef: float,
     entropy_coef: float,
     reference_policy: Distribution | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean loss over an episode's images, passes, actions and elements, and what is worth logging.
+    """Mean loss over an episode's images, passes, actions and counted elements, and what is worth logging.
 
     policy, log_probs: of the current weights, under the episode's masks; episode.log_probs are the old ones.
     """
-    log = {}
+    log, counted = {}, episode.counted
     if objective == "supervised":
         targets = episode.metadata["targets"]  # [B, E…] -> an action of each pass, [B, T, 1, E…]
         targets = targets[:, None, None].expand(len(targets), log_probs.shape[1], 1, *targets.shape[1:])
-        loss = -action_log_prob(policy, targets).mean()
+        loss = mean_counted(supervised_loss(policy, targets), counted)
     else:
         old_log_probs = episode.log_probs.detach()
         losses, ratio, clipped = clipped_loss(log_probs, old_log_probs, episode.advantages, clip_low, clip_high)
-        loss = losses.mean()
-        log = {"policy/ratio": ratio.detach().mean(), "policy/clip_fraction": clipped.to(ratio.dtype).mean()}
+        loss = mean_counted(losses, counted)
+        log = {
+            "policy/ratio": mean_counted(ratio.detach(), counted),
+            "policy/clip_fraction": mean_counted(clipped.to(ratio.dtype), counted),
+        }
     if kl_coef:
-        kl = kl_divergence(policy, reference_policy).mean()
+        kl = mean_counted(kl_divergence(policy, reference_policy), counted)
         loss = loss + kl_coef * kl
         log["policy/kl"] = kl.detach()
     if entropy_coef:
-        loss = loss - entropy_coef * policy.entropy().mean()
+        loss = loss - entropy_coef * mean_counted(policy.entropy(), counted)
     return loss, log | {"loss": loss.detach()}
 
 
@@ -252,10 +322,10 @@ def optimizer_step(optimizer: torch.optim.Optimizer, max_grad_norm: float, loss:
     return grad_norm
 
 
-def weighted_mean(rows: list[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor]:
-    """Mean of each name over rows of (images, measurements)."""
-    total = sum(count for count, _ in rows)
-    return {name: sum(count * row[name] for count, row in rows) / total for name in (rows[0][1] if rows else ())}
+def weighted_mean(rows: list[tuple[float | Tensor, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """Mean of each name over rows of (weight, measurements)."""
+    total = sum(weight for weight, _ in rows)
+    return {name: sum(weight * row[name] for weight, row in rows) / total for name in (rows[0][1] if rows else ())}
 
 
 def update_policy(
@@ -266,7 +336,9 @@ def update_policy(
     batch_size: int,
     micro_batch_size: int,
     policy_adapter: PolicyAdapter,
+    num_counted: Tensor | None = None,
     objective: str = "grpo",
+    supervised_loss: SupervisedLoss = nll,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     update_epochs: int = 1,
@@ -283,12 +355,19 @@ def update_policy(
         so that memory follows the micro-batch. Rollouts without a graph (`keep_graph=False`) are kept instead, and
         their live images replayed under the stored masks and actions. Both ways give the same gradient.
     batch_size: images in the whole batch, dead groups included: the denominator, known before the first backward.
+    num_counted: where episodes have `counted`, the number of elements that count in the whole batch instead.
     micro_batch_size: images at a time in a replay. pad_to: see `select_live`.
     objective: `grpo`, clipped surrogate + kl_coef * KL(policy || reference) - entropy_coef * entropy; or `supervised`,
-        -log π(targets) under the same passes. reference: the frozen model of the KL term, run under the same masks.
+        supervised_loss(policy, targets) under the same passes, per element. reference: the frozen model of the KL term,
+        run under the same masks.
     max_grad_norm: gradients are clipped to this norm over all parameters.
     """
-    seen, updated, lowest, group_rewards = [], [], [], []  # (images, measurements) of rollouts and of backward passes
+    seen, updated, lowest, group_rewards = [], [], [], []  # (share, measurements) of rollouts and of backward passes
+
+    def share(episode: Episode) -> float | Tensor:  # of the batch's elements that count
+        return (
+            len(episode) / batch_size if episode.counted is None else episode.counted.sum() / num_counted.clamp(min=1)
+        )
 
     def backward(episode: Episode, policy: Distribution, log_probs: Tensor) -> None:
         reference_policy = None
@@ -300,14 +379,15 @@ def update_policy(
             policy,
             log_probs,
             objective=objective,
+            supervised_loss=supervised_loss,
             clip_low=clip_low,
             clip_high=clip_high,
             kl_coef=kl_coef,
             entropy_coef=entropy_coef,
             reference_policy=reference_policy,
         )
-        (loss * (len(episode) / batch_size)).backward()
-        updated.append((len(episode), log))
+        (loss * share(episode)).backward()
+        updated.append((share(episode), log))
 
     def replay(episodes: list[Episode]) -> None:
         for episode in episodes:
@@ -317,22 +397,26 @@ def update_policy(
                 backward(part, policy, action_log_prob(policy, part.actions))
 
     def step() -> Tensor:
-        loss = sum((count * log["loss"] for count, log in updated), torch.zeros_like(lowest[0]))
+        loss = sum((weight * log["loss"] for weight, log in updated), torch.zeros_like(lowest[0]))
         return optimizer_step(optimizer, max_grad_norm, loss)
 
     optimizer.zero_grad(set_to_none=False)  # made anew amid a graph, gradients would leave holes in the memory
     stored = []
     for episode in episodes:
         with torch.no_grad():
+            rewards, shape = episode.rewards, episode.log_probs.shape
+            counted = episode.counted if rewards.shape == shape else None
+            group_rewards.append(mean_per_image(rewards, counted))
             log = {
-                "reward/mean": episode.rewards.mean(),
-                "reward/std": episode.rewards.std((1, 2), correction=0).mean(),
-                "groups/live": live_groups(episode.advantages).to(episode.rewards.dtype).mean(),
-                "policy/entropy": episode.policy.entropy().mean(),
-            } | {f"reward/{name}": term.mean() for name, term in episode.metadata["reward_terms"].items()}
+                "reward/mean": group_rewards[-1].mean(),
+                "reward/std": mean_per_image(rewards.std((1, 2), correction=0), counted).mean(),
+                "groups/live": live_groups(episode.advantages).to(rewards.dtype).mean(),
+                "policy/entropy": mean_per_image(episode.policy.entropy(), episode.counted).mean(),
+            }
+            for name, term in episode.metadata["reward_terms"].items():
+                log[f"reward/{name}"] = mean_per_image(term, episode.counted if term.shape == shape else None).mean()
             seen.append((len(episode), log))
-            lowest.append(episode.rewards.min())
-            group_rewards.append(episode.rewards.flatten(1).mean(1))
+            lowest.append(rewards.min())
         one_pass = episode.log_probs.requires_grad
         if one_pass:
             backward(episode, episode.policy, episode.log_probs)
@@ -352,7 +436,7 @@ def update_policy(
 
     metrics = weighted_mean(seen) | weighted_mean(updated)
     zero = torch.zeros_like(grad_norm)
-    metrics["loss"] = sum((count * log["loss"] for count, log in updated), zero) / (batch_size * update_epochs)
+    metrics["loss"] = sum((weight * log["loss"] for weight, log in updated), zero) / update_epochs
     return metrics | {
         "policy/ratio": metrics.get("policy/ratio", zero + 1),
         "policy/clip_fraction": metrics.get("policy/clip_fraction", zero),

@@ -16,8 +16,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -27,16 +26,20 @@ import torch
 import yaml
 from torch import Tensor
 from torch.distributions import Distribution
+from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 
+import detection_task
+import segmentation_task
 import vision_task
 from checkpoint import load_checkpoint, load_weights, save_checkpoint
 from config import check, describe_keys, flatten, one_line, parse_override, read_yaml
 from data_types import Episode, InputError, TensorMiniBatch
-from grpo import Reward, classification_policy_adapter, keyed_rng, rollout, update_policy
-from vision_task import Prepared, VisionClassificationDataset, mirror, ordered_batches, prepare, stream_batches
+from grpo import Reward, keyed_rng, rollout, update_policy
+from vision_task import ordered_batches, stream_batches
 from vit_model import VisionTransformer
 
+TASKS = {"classification": vision_task, "segmentation": segmentation_task, "detection": detection_task}
 REPLAY_BELOW = 0.6  # share of live groups below which a forward pass without a graph + a replay of the live is cheaper
 WARN_DEAD_STEPS = 50
 
@@ -44,13 +47,13 @@ WARN_DEAD_STEPS = 50
 # --- What the config's words stand for --------------------------------------------------------------------------------
 
 
-def load_rewards(weights: dict[str, float]) -> dict[str, tuple[Reward, float]]:
-    """rollout.reward, name -> weight, as name -> (function, weight). A name is a function of vision_task, or
+def load_rewards(config: dict) -> dict[str, tuple[Reward, float]]:
+    """rollout.reward, name -> weight, as name -> (function, weight). A name is a function of the task's module, or
     path/to/file.py:function. Raises InputError."""
-    rewards = {}
-    for name, weight in weights.items():
+    rewards, task = {}, TASKS[config["task"]]
+    for name, weight in (config["rollout"]["reward"] or task.DEFAULT_REWARD).items():
         file, colon, function = name.rpartition(":")
-        module = vision_task
+        module = task
         if colon:
             try:
                 if not file.endswith(".py"):
@@ -62,7 +65,7 @@ def load_rewards(weights: dict[str, float]) -> dict[str, tuple[Reward, float]]:
                 raise InputError(f"rollout.reward: {file} cannot be loaded ({one_line(error)})") from error
         reward = getattr(module, function, None)
         if not callable(reward):
-            where = file if colon else "vision_task; one of your own is path/to/file.py:function"
+            where = file if colon else f"{task.__name__}; one of your own is path/to/file.py:function"
             raise InputError(f"rollout.reward: no function {function} in {where}")
         rewards[name] = reward, weight
     return rewards
@@ -90,8 +93,10 @@ def pick_autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:
 def build_model(config: dict, num_classes: int, device: torch.device) -> VisionTransformer:
     shape = {k: v for k, v in config["model"].items() if k not in ("num_classes", "checkpoint_path", "compile")}
     dtype = pick_autocast_dtype(config["training"]["dtype"], device)
+    width = TASKS[config["task"]].head_size(num_classes, config["model"]["patch_size"])
+    dense = config["task"] != "classification"
     with keyed_rng(config["training"]["seed"], "init"):
-        return VisionTransformer(**shape, num_classes=num_classes, autocast_dtype=dtype).to(device)
+        return VisionTransformer(**shape, num_classes=width, dense=dense, autocast_dtype=dtype).to(device)
 
 
 def build_optimizer(model: VisionTransformer, training: SimpleNamespace) -> torch.optim.AdamW:
@@ -116,9 +121,9 @@ def learning_rate(step: int, training: SimpleNamespace) -> float:
     return low + (high - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def keep_decoded(data: SimpleNamespace, *datasets: VisionClassificationDataset | None) -> tuple[bool, int]:
+def keep_decoded(data: SimpleNamespace, *datasets: Dataset | None) -> tuple[bool, int]:
     """Whether decoded images are kept in memory (data.cache), and how many bytes they are."""
-    size = sum(3 * dataset.image_size**2 * len(dataset) for dataset in datasets if dataset)
+    size = sum(dataset.channels * dataset.image_size**2 * len(dataset) for dataset in datasets if dataset)
     return data.cache == "always" or (data.cache == "auto" and size <= data.cache_limit_gb * 1e9), size
 
 
@@ -142,19 +147,21 @@ def training_step(
     """Rollout, reward, update on a batch of uint8 images on the model's device; returns `update_policy`'s metrics."""
     data, roll, training = (SimpleNamespace(**config[section]) for section in ("data", "rollout", "training"))
     micro_batch_size = training.micro_batch_size or training.batch_size
-    network = Prepared(model, data.mean, data.std)
+    task = TASKS[config["task"]]
+    network = task.network(model, config)
+    policy_adapter = task.policy_adapter(config, step / training.steps)
 
     def episodes() -> Iterator[Episode]:
         for index in range(0, len(batch), micro_batch_size):
             part = batch[index : index + micro_batch_size]
             if data.augment:
                 with keyed_rng(training.seed, step, "flips", index):
-                    part = replace(part, inputs=mirror(part.inputs))
+                    part = task.mirror_batch(part)
             yield rollout(
                 network,
                 part,
                 rewards,
-                classification_policy_adapter,
+                policy_adapter,
                 num_mc_samples=roll.num_mc_samples,
                 actions_per_sample=roll.actions_per_sample,
                 action=roll.action,
@@ -169,14 +176,16 @@ def training_step(
         episodes(),
         batch_size=len(batch),
         micro_batch_size=micro_batch_size,
-        policy_adapter=classification_policy_adapter,
+        policy_adapter=policy_adapter,
+        num_counted=None if batch.counted is None else batch.counted.sum(),
         objective=training.objective,
+        supervised_loss=task.supervised_loss(config),
         clip_low=training.clip_low,
         clip_high=training.clip_high,
         update_epochs=training.update_epochs,
         kl_coef=training.kl_coef,
         entropy_coef=training.entropy_coef,
-        reference=Prepared(reference, data.mean, data.std) if reference else None,
+        reference=task.network(reference, config) if reference else None,
         max_grad_norm=training.max_grad_norm,
         pad_to=max(micro_batch_size // 4, 1) if config["model"]["compile"] else 1,
     )
@@ -186,30 +195,27 @@ def training_step(
 
 
 @torch.no_grad()
-def predict(
-    model, batches: Iterator[TensorMiniBatch], config: dict, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Class probabilities of the deterministic network and of the mean over T passes, both [n, K], and targets [n]."""
-    data = config["data"]
-    rows = []
+def evaluate(model, batches: Iterable[TensorMiniBatch], dataset: Dataset, config: dict, device: torch.device):
+    """The task's `Evaluation` of the deterministic network and of the mean over T passes, over all batches."""
+    task = TASKS[config["task"]]
+    network, evaluation = task.network(model, config), task.Evaluation(dataset, config)
     for index, batch in enumerate(batches):
-        inputs = prepare(batch.to(device).inputs, data["mean"], data["std"])
+        batch = batch.to(device)
         with keyed_rng(config["training"]["seed"], "evaluation", index):
-            masks = model.sample_masks(len(inputs), config["rollout"]["num_mc_samples"])
-        deterministic = classification_policy_adapter(model(inputs)).probs  # [B, K]
-        over_passes = classification_policy_adapter(model(inputs, masks)).probs.mean(1)  # [B, T, K] -> [B, K]
-        rows.append((deterministic.cpu(), over_passes.cpu(), batch.targets))
-    return tuple(torch.cat(column) for column in zip(*rows))
+            masks = model.sample_masks(len(batch), config["rollout"]["num_mc_samples"])
+        evaluation.add(batch, network(batch.inputs), network(batch.inputs, masks))
+    return evaluation
 
 
 def eval_line(figures: dict[str, float]) -> str:
-    network, passes = (
-        "accuracy {accuracy:.4f} NLL {nll:.4f} ECE {ece:.4f}".format(
-            **{name.split("/")[1]: value for name, value in figures.items() if name.startswith(f"{predictor}/")}
-        )
-        for predictor in ("eval", "eval_mc")
-    )
-    return f"{network} (mean over passes: {passes})"
+    """The figures but those of single classes, on one line."""
+    written = {"nll": "NLL", "ece": "ECE", "map": "mAP", "ap50": "AP50", "ap75": "AP75", "f1": "F1"}
+    parts = {"eval": [], "eval_mc": []}
+    for name, value in figures.items():
+        predictor, *name = name.split("/")
+        if len(name) == 1:
+            parts[predictor].append(f"{written.get(name[0], name[0].replace('_', ' '))} {value:.4f}")
+    return f"{' '.join(parts['eval'])} (mean over passes: {' '.join(parts['eval_mc'])})"
 
 
 # --- Watching ---------------------------------------------------------------------------------------------------------
@@ -310,21 +316,18 @@ def train(args: argparse.Namespace) -> int:
                 raise InputError(
                     f"{used} exists: go on with --resume auto, delete it, or name a new run with training.run_name=NAME"
                 )
-    rewards = load_rewards(roll.reward)
+    task, rewards = TASKS[config["task"]], load_rewards(config)
     micro_batch_size = training.micro_batch_size or training.batch_size
 
-    # Data: class ids are the sorted folder names of the training folder.
-    image_size = config["model"]["image_size"]
+    # Data: what the training folder's format says of the classes holds for the evaluation's, too.
     classes = state["classes"] if state else None
     train_set = eval_set = None
     if not args.evaluate:
-        train_set = VisionClassificationDataset(data.train_dir, image_size, classes)
+        train_set = task.open_dataset(data.train_dir, config, classes)
         classes = train_set.classes
-        if len(classes) < 2:
-            raise InputError(f"{data.train_dir}: only one class, {classes[0]}; there is nothing to tell it from")
         console.line(f"{data.train_dir}: {len(train_set)} images of {len(classes)} classes")
     if data.eval_dir and (Path(data.eval_dir).exists() or args.evaluate):
-        eval_set = VisionClassificationDataset(data.eval_dir, image_size, classes)
+        eval_set = task.open_dataset(data.eval_dir, config, classes)
         console.line(f"{data.eval_dir}: {len(eval_set)} images")
     elif args.evaluate:
         raise InputError("data.eval_dir: null; --evaluate needs a folder of images")
@@ -372,26 +375,26 @@ def train(args: argparse.Namespace) -> int:
     loader = {"num_workers": data.num_workers, "pin_memory": device.type == "cuda"}
     eval_batches = None  # decoded once, if they are kept
 
-    def evaluate() -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate_now():
         nonlocal eval_batches
         batches = eval_batches or ordered_batches(eval_set, micro_batch_size, **loader)
         if cache:
             batches = eval_batches = list(batches)
-        return predict(model, batches, config, device)
+        return evaluate(model, batches, eval_set, config, device)
 
     if args.evaluate:
-        console.line(f"step {state['step']}: {eval_line(vision_task.evaluation_figures(*evaluate()))}")
+        console.line(f"step {state['step']}: {eval_line(evaluate_now().figures())}")
         return 0
 
     optimizer = build_optimizer(model, training)
-    start, best_accuracy, live_share, dead_steps, rows = 0, -1.0, 1.0, 0, []
+    start, best_figure, live_share, dead_steps, rows = 0, -1.0, 1.0, 0, []
     if state:
         hyperparameters = [{k: group[k] for k in ("weight_decay", "betas")} for group in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(optimizer.param_groups, hyperparameters):
             group |= own  # may be overridden
-        start, best_accuracy, live_share, dead_steps, rows = (
-            state[name] for name in ("step", "best_accuracy", "live_share", "dead_steps", "rows")
+        start, best_figure, live_share, dead_steps, rows = (
+            state[name] for name in ("step", "best_figure", "live_share", "dead_steps", "rows")
         )
         rows = [{name: value.to(device) for name, value in row.items()} for row in rows]
         console.line(f"{run_dir}: going on after step {start}")
@@ -400,7 +403,7 @@ def train(args: argparse.Namespace) -> int:
             return 0
 
     def save(best: bool) -> Path:
-        progress = {"step": step + 1, "best_accuracy": best_accuracy, "live_share": live_share}
+        progress = {"step": step + 1, "best_figure": best_figure, "live_share": live_share}
         progress |= {"dead_steps": dead_steps, "rows": rows, "config": config, "classes": classes}
         weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         if reference:
@@ -474,14 +477,14 @@ def train(args: argparse.Namespace) -> int:
                     )
         best = False
         if eval_due:
-            probs = evaluate()
-            figures = vision_task.evaluation_figures(*probs)
+            evaluation = evaluate_now()
+            figures = evaluation.figures()
             for name, value in figures.items():
                 writer.add_scalar(name, value, done)
             writer.add_histogram("groups/success_rate", torch.cat([row["group_rewards"] for row in rows]).cpu(), done)
-            writer.add_image("eval/most_uncertain", vision_task.draw_most_uncertain(eval_set, *probs[1:]), done)
-            best = figures["eval/accuracy"] > best_accuracy
-            best_accuracy = max(figures["eval/accuracy"], best_accuracy)
+            writer.add_image("eval/most_uncertain", evaluation.draw(), done)
+            best = figures[task.BEST] > best_figure
+            best_figure = max(figures[task.BEST], best_figure)
             console.line(f"step {done}: {eval_line(figures)}")
         if log_due:
             rows = []

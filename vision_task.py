@@ -5,17 +5,21 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from data_types import InputError, TensorMiniBatch
+from grpo import classification_policy_adapter, nll
 
+DEFAULT_REWARD = {"classification_reward": 1.0}
+BEST = "eval/accuracy"  # what best.pt is chosen by
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 
@@ -67,6 +71,13 @@ def decode_image(path: str, image_size: int) -> Tensor:
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()  # [h, w, 3] -> [3, h, w]
 
 
+def upright_size(path: str) -> tuple[int, int]:
+    """Width and height of the image file as `decode_image` turns it, from its header."""
+    with Image.open(path) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return image.size[::-1] if turned else image.size
+
+
 class VisionClassificationDataset(Dataset):
     """An image folder: one subdirectory per class, images at any depth inside.
 
@@ -75,6 +86,8 @@ class VisionClassificationDataset(Dataset):
     Item i is the decoded image, uint8 [3, image_size, image_size]. `targets` is [n] int64, `paths` the n file names.
     Raises InputError where there is no folder, no class, no image in a class, or a class not in `classes`.
     """
+
+    channels = 3
 
     def __init__(self, root: str, image_size: int, classes: list[str] | None = None):
         if not os.path.isdir(root):
@@ -113,15 +126,15 @@ class VisionClassificationDataset(Dataset):
 
 
 class _BatchDecoder(Dataset):
-    """What a loader's worker does: decode the images at `indices`. Hands an error back as a value, because DataLoader
+    """What a loader's worker does: decode the items at `indices`. Hands an error back as a value, because DataLoader
     would wrap its message in a worker's traceback."""
 
-    def __init__(self, dataset: VisionClassificationDataset):
+    def __init__(self, dataset: Dataset):
         self.dataset = dataset
 
-    def __getitem__(self, indices: list[int]) -> TensorMiniBatch | InputError:
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor] | InputError:
         try:
-            return self.dataset.batch(torch.tensor(indices), torch.stack([self.dataset[i] for i in indices]))
+            return torch.tensor(indices), torch.stack([self.dataset[i] for i in indices])
         except InputError as error:
             return error
 
@@ -142,7 +155,7 @@ def _end_workers() -> None:
 
 
 def stream_batches(
-    dataset: VisionClassificationDataset,
+    dataset: Dataset,
     order: Callable[[int], Tensor],
     batch_size: int,
     steps: range,
@@ -153,6 +166,7 @@ def stream_batches(
 ) -> Iterator[TensorMiniBatch]:
     """The uint8 batches of the given steps of an endless pass over the data: epoch after epoch, no image dropped.
 
+    dataset: of any task: `len`, items (uint8 [channels, image_size, image_size]) and `batch(indices, items)`.
     order(epoch): the epoch's permutation, [n]. Step s takes places s * batch_size … of the epochs laid end to end, so
     the place in the data is a function of the step alone. Decoding runs in `num_workers` processes, ahead of need.
     With `cache` decoded images are kept in memory, and after a whole epoch no file is opened any more.
@@ -171,7 +185,7 @@ def stream_batches(
     if cache:
         seen_all = (-(-steps.start * batch_size // n) + 1) * n  # where the first epoch entered at its start ends
         decode = range(steps.start, min(steps.stop, -(-seen_all // batch_size)))
-        store = torch.empty(n, 3, dataset.image_size, dataset.image_size, dtype=torch.uint8)
+        store = torch.empty(n, dataset.channels, dataset.image_size, dataset.image_size, dtype=torch.uint8)
     loader = DataLoader(
         _BatchDecoder(dataset),
         sampler=(indices(step).tolist() for step in decode),  # lists: a tensor would go through shared memory
@@ -181,18 +195,19 @@ def stream_batches(
         pin_memory=pin_memory,
         worker_init_fn=_ignore_signals,
     )
-    for batch in loader:
-        if isinstance(batch, InputError):
-            raise batch
+    for decoded in loader:
+        if isinstance(decoded, InputError):
+            raise decoded
         if store is not None:
-            store[batch.metadata["indices"]] = batch.inputs
-        yield batch
+            store[decoded[0]] = decoded[1]
+        batch = dataset.batch(*decoded)
+        yield batch.pin_memory() if pin_memory else batch
     for step in range(decode.stop, steps.stop):
         batch = dataset.batch(indices(step), store[indices(step)])
         yield batch.pin_memory() if pin_memory else batch
 
 
-def ordered_batches(dataset: VisionClassificationDataset, batch_size: int, **options) -> Iterator[TensorMiniBatch]:
+def ordered_batches(dataset: Dataset, batch_size: int, **options) -> Iterator[TensorMiniBatch]:
     """Every image once, in order; options as for `stream_batches`."""
     n = len(dataset)
     batch_size = min(batch_size, n)
@@ -201,28 +216,49 @@ def ordered_batches(dataset: VisionClassificationDataset, batch_size: int, **opt
         yield batch[: n - step * batch_size]  # the last batch is filled up from the next epoch
 
 
-def mirror(images: Tensor) -> Tensor:
-    """Each of the images [B, C, H, W] mirrored with probability 1/2 (drawn from torch's global generator)."""
-    mirrored = torch.rand(len(images), device=images.device) < 0.5
-    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+def open_dataset(root: str, config: dict, classes: list[str] | None) -> VisionClassificationDataset:
+    """The data set of the config's model; without `classes` the one to train on. Raises InputError."""
+    dataset = VisionClassificationDataset(root, config["model"]["image_size"], classes)
+    if len(dataset.classes) < 2:
+        raise InputError(f"{root}: only one class, {dataset.classes[0]}; there is nothing to tell it from")
+    return dataset
+
+
+def draw_mirrored(images: Tensor) -> Tensor:
+    """Which of the images [B, …] to mirror: each with probability 1/2, from torch's global generator. [B] bool."""
+    return torch.rand(len(images), device=images.device) < 0.5
+
+
+def mirror(x: Tensor, chosen: Tensor) -> Tensor:
+    """x [B, …, W] with the chosen [B] left to right."""
+    return torch.where(chosen.view(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
+
+
+def mirror_batch(batch: TensorMiniBatch) -> TensorMiniBatch:
+    """Half of the images left to right."""
+    return replace(batch, inputs=mirror(batch.inputs, draw_mirrored(batch.inputs)))
 
 
 def prepare(images: Tensor, mean: list[float], std: list[float], augment: bool = False) -> Tensor:
     """uint8 [B, C, H, W] -> float32, scaled to [0, 1], normalised by channel; with `augment` after `mirror`."""
-    images = mirror(images) if augment else images
+    images = mirror(images, draw_mirrored(images)) if augment else images
     return (images - per_channel(tuple(mean), images.device)).div_(per_channel(tuple(std), images.device))
 
 
 class Prepared(nn.Module):
-    """A model as a function of uint8 images: an episode kept for a replay holds these, a quarter of the floats."""
+    """A model as a function of uint8 images: an episode kept for a replay holds these, a quarter of the floats.
 
-    def __init__(self, model: nn.Module, mean: list[float], std: list[float]):
+    arrange: puts the model's output into the task's shape.
+    """
+
+    def __init__(self, model: nn.Module, mean: list[float], std: list[float], arrange: Callable | None = None):
         super().__init__()
-        self.model, self.mean, self.std = model, mean, std
+        self.model, self.mean, self.std, self.arrange = model, mean, std, arrange
         self.sample_masks = model.sample_masks
 
     def forward(self, images: Tensor, masks: dict[str, Tensor] | None = None) -> Tensor:
-        return self.model(prepare(images, self.mean, self.std), masks)
+        outputs = self.model(prepare(images, self.mean, self.std), masks)
+        return self.arrange(outputs) if self.arrange else outputs
 
 
 @lru_cache
@@ -231,7 +267,27 @@ def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None] * 255
 
 
-# --- Reward ---------------------------------------------------------------------------------------------------------
+# --- Policy and reward ----------------------------------------------------------------------------------------------
+
+
+def head_size(num_classes: int, patch_size: int) -> int:
+    """Width of the head."""
+    return num_classes
+
+
+def network(model: nn.Module, config: dict) -> Prepared:
+    """`model` as a function of uint8 images to logits [B, K], or [B, T, K] under masks."""
+    return Prepared(model, config["data"]["mean"], config["data"]["std"])
+
+
+def policy_adapter(config: dict, progress: float):
+    """The adapter at this share of the run."""
+    return classification_policy_adapter
+
+
+def supervised_loss(config: dict):
+    """What `training.objective: supervised` minimises."""
+    return nll
 
 
 def classification_reward(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict) -> Tensor:
@@ -243,8 +299,14 @@ def classification_reward(actions: Tensor, outputs: Tensor, targets: Tensor, met
 
 
 def predictive_entropy(probs: Tensor) -> Tensor:
-    """Entropy in nats of class probabilities [n, K]: [n]."""
+    """Entropy in nats of class probabilities [..., K]: [...]."""
     return torch.special.entr(probs).sum(-1)
+
+
+def mutual_information(passes: Tensor) -> Tensor:
+    """What the passes disagree on, in nats (BALD, https://arxiv.org/abs/1112.5745): the entropy of their mean minus the
+    mean of their entropies. passes: class probabilities [T, ..., K]; returns [...]."""
+    return (predictive_entropy(passes.mean(0)) - predictive_entropy(passes).mean(0)).clamp(min=0)
 
 
 def expected_calibration_error(probs: Tensor, targets: Tensor, num_bins: int = 15) -> Tensor:
@@ -274,18 +336,25 @@ def evaluation_figures(deterministic: Tensor, over_passes: Tensor, targets: Tens
     return figures | {f"eval_mc/{k}": v for k, v in classification_metrics(over_passes, targets).items()}
 
 
-def draw_predictions(images: Tensor, captions: list[list[str]], columns: int = 4, size: int = 128) -> Tensor:
-    """A grid of uint8 images [n, 3, H, W] over their captions (lines of text): uint8 [3, height, width]."""
-    line = 12
-    height = size + line * max(len(caption) for caption in captions) + 4
-    sheet = Image.new("RGB", (columns * size, -(-len(images) // columns) * height), "white")
+def heat_map(values: Tensor) -> Tensor:
+    """Values [H, W] >= 0, from black through red and yellow to white at the highest: uint8 [3, H, W]."""
+    scaled = 3 * values / values.max().clamp(min=1e-6)
+    return (255 * torch.stack([(scaled - i).clamp(0, 1) for i in range(3)])).to(torch.uint8)
+
+
+def draw_predictions(images: list[Tensor], captions: list[list[str]], columns: int = 4, size: int = 128) -> Tensor:
+    """A grid of uint8 images [3, H, W], all of one shape, over their captions (lines of text), each `size` pixels high:
+    uint8 [3, height, width]."""
+    line, (_, rows, pixels) = 12, images[0].shape
+    width, height = size * pixels // rows, size + line * max(len(caption) for caption in captions) + 4
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
     for i, (image, caption) in enumerate(zip(images, captions)):
-        cell = Image.new("RGB", (size, height), "white")  # by itself, so that a long caption ends at its border
+        cell = Image.new("RGB", (width, height), "white")  # by itself, so that a long caption ends at its border
         picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-        cell.paste(picture.resize((size - 4, size - 4), Image.Resampling.NEAREST), (2, 2))
+        cell.paste(picture.resize((width - 4, size - 4), Image.Resampling.NEAREST), (2, 2))
         for j, text in enumerate(caption):
             ImageDraw.Draw(cell).text((2, size + j * line), text, fill="black")
-        sheet.paste(cell, (i % columns * size, i // columns * height))
+        sheet.paste(cell, (i % columns * width, i // columns * height))
     return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
 
 
@@ -304,4 +373,29 @@ def draw_most_uncertain(
         ]
         for i in shown
     ]
-    return draw_predictions(torch.stack([dataset[i] for i in shown]), captions)
+    return draw_predictions([dataset[i] for i in shown], captions)
+
+
+class Evaluation:
+    """Collects the predictions for a data set: class probabilities of the deterministic network and of the mean over
+    T passes, both [n, K], and targets [n]."""
+
+    def __init__(self, dataset: VisionClassificationDataset, config: dict):
+        self.dataset = dataset
+        self.rows: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, batch: TensorMiniBatch, outputs: Tensor, outputs_mc: Tensor) -> None:
+        """outputs: logits [B, K] of the deterministic network; outputs_mc: [B, T, K] of T passes."""
+        deterministic = classification_policy_adapter(outputs).probs
+        over_passes = classification_policy_adapter(outputs_mc).probs.mean(1)
+        self.rows.append((deterministic.cpu(), over_passes.cpu(), batch.targets.cpu()))
+
+    def columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(torch.cat(column) for column in zip(*self.rows))
+
+    def figures(self) -> dict[str, float]:
+        return evaluation_figures(*self.columns())
+
+    def draw(self) -> Tensor:
+        """The most uncertain images, [3, height, width]."""
+        return draw_most_uncertain(self.dataset, *self.columns()[1:])

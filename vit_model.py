@@ -87,6 +87,7 @@ class VisionTransformer(nn.Module):
     """A ViT classifier whose dropout masks are an argument.
 
     image_size: height and width of the square input, a multiple of patch_size.
+    dense: the head reads each patch token (for masks and boxes) instead of the class token.
     dropout: probability of a zero in a mask. dropout_blocks: k puts dropout in the last k encoder blocks only, None
     everywhere (after the position embedding too).
     autocast_dtype: torch.bfloat16 runs the forward pass under autocast (weights stay as they are), None does not.
@@ -105,6 +106,7 @@ class VisionTransformer(nn.Module):
         dropout: float = 0.1,
         dropout_blocks: int | None = None,
         num_classes: int = 1000,
+        dense: bool = False,
         autocast_dtype: torch.dtype | None = None,
     ):
         super().__init__()
@@ -117,6 +119,7 @@ class VisionTransformer(nn.Module):
         if dropout_blocks is not None and not 1 <= dropout_blocks <= depth:
             raise ValueError(f"dropout_blocks {dropout_blocks} is not between 1 and depth {depth}")
         self.dropout = dropout
+        self.dense = dense
         self.autocast_dtype = autocast_dtype
 
         self.patch_embed = PatchEmbed(patch_size, in_channels, embed_dim)
@@ -160,8 +163,9 @@ class VisionTransformer(nn.Module):
         return self.norm(x)
 
     def forward(self, images: Tensor, masks: Masks | None = None) -> Tensor:
-        """images: [B, C, h, w] -> logits [B, num_classes], or [B, T, num_classes] under masks of T passes."""
+        """images: [B, C, h, w] -> logits [B, num_classes], or [B, T, num_classes] under masks of T passes; with `dense`
+        [B, P, num_classes] or [B, T, P, num_classes], patches row by row."""
         with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            x = self.forward_features(images, masks, class_token_only=True)  # [B, 1 or T, 1, D]
-            logits = self.head(x[:, :, 0])  # [B, 1 or T, num_classes]
+            x = self.forward_features(images, masks, class_token_only=not self.dense)  # [B, 1 or T, 1 or L, D]
+            logits = self.head(x[:, :, 1:] if self.dense else x[:, :, 0])  # [B, 1 or T, (P,) num_classes]
         return logits[:, 0] if masks is None else logits

@@ -30,7 +30,7 @@ def state(step: int) -> dict:
     rows = [{"reward/mean": torch.tensor(0.1 * step)}]
     config, weights = {"model": {"depth": 2}, "training": {"run_name": None}}, {"w": torch.full((40_000,), float(step))}
     return {"step": step, "model": weights, "optimizer": momentum, "config": config, "classes": ["a", "b"]} | {
-        "best_accuracy": 0.25,
+        "best_figure": 0.25,
         "rows": rows,
     }
 
@@ -121,9 +121,9 @@ def test_what_was_just_written_is_never_pruned(tmp_path):
 def test_the_same_step_can_be_written_again(tmp_path):
     """A resumed run meets the step it was killed at."""
     save_checkpoint(state(1), tmp_path, best=True, keep=3)
-    save_checkpoint(state(1) | {"best_accuracy": 0.75}, tmp_path, best=False, keep=3)
-    assert load_checkpoint(tmp_path)["best_accuracy"] == 0.75
-    assert load_checkpoint(tmp_path / "best.pt")["best_accuracy"] == 0.25
+    save_checkpoint(state(1) | {"best_figure": 0.75}, tmp_path, best=False, keep=3)
+    assert load_checkpoint(tmp_path)["best_figure"] == 0.75
+    assert load_checkpoint(tmp_path / "best.pt")["best_figure"] == 0.25
 
 
 # --- Killed while writing ---------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def commands() -> list[list[str]]:
 
 def test_the_config_table_is_the_schema():
     """Each key stands there once, in order, with its default."""
-    rows = re.findall(r"^\| `((?:model|data|rollout|training)\.\w+)` \| `(.*?)` \|", README, re.M)
+    rows = re.findall(r"^\| `(task|(?:model|data|rollout|detection|training)\.\w+)` \| `(.*?)` \|", README, re.M)
     assert [(name, yaml.safe_load(default)) for name, default in rows] == [
         (n, key.default) for n, key in SCHEMA.items()
     ]

@@ -258,7 +258,7 @@ def test_the_quick_start_learns(folder, objective, bound):
         + [f"training.{key}" for key in keys]
     )
     found = scalars("r")
-    assert status == 0 and found["eval/accuracy"][120] == pytest.approx(ckpt("r")["best_accuracy"])
+    assert status == 0 and found["eval/accuracy"][120] == pytest.approx(ckpt("r")["best_figure"])
     assert found["eval/accuracy"][120] > bound and found["eval_mc/accuracy"][120] > bound
     assert found["eval/nll"][120] < 1.0 < math.log(4) and found["eval_mc/nll"][120] < 1.0
     assert found["reward/mean"][1] < 0.4 and found["reward/mean"][120] > 0.6
@@ -984,6 +984,8 @@ def test_a_reward_file_may_define_a_dataclass(tmp_path):
         "def reward(actions, outputs, targets, metadata):\n"
         "    return Fine().size * (actions == targets[:, None, None])\n"
     )
-    ((function, weight),) = train.load_rewards({f"{tmp_path}/classy.py:reward": 0.5}).values()
+    ((function, weight),) = train.load_rewards(
+        {"task": "classification", "rollout": {"reward": {f"{tmp_path}/classy.py:reward": 0.5}}}
+    ).values()
     actions, targets = torch.tensor([[[0, 1]]]), torch.tensor([1])
     assert weight == 0.5 and function(actions, None, targets, {}).tolist() == [[[0.0, 2.0]]]

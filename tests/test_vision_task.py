@@ -776,7 +776,7 @@ def test_draw_most_uncertain_shows_the_highest_entropy_first(tmp_path, monkeypat
     monkeypatch.setattr(vision_task, "draw_predictions", lambda *args: drawn.append(args))
     draw_most_uncertain(dataset, probs, dataset.targets, count=3)
     [(images, captions)] = drawn
-    assert torch.equal(images, torch.stack([dataset[1], dataset[3], dataset[0]]))
+    assert torch.equal(torch.stack(images), torch.stack([dataset[1], dataset[3], dataset[0]]))
     assert captions == [
         ["true ant", "ant (50%)", "entropy 0.69"],
         ["true bee", "bee (75%)", "entropy 0.56"],

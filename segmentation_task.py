@@ -1,0 +1,329 @@
+"""Segmentation of images into classes by pixel: data set, policy, rewards, metric, pictures.
+
+H, W: height and width of image and mask; K: classes. An action is a whole mask, its elements are the pixels.
+"""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.distributions import Categorical
+from torch.utils.data import Dataset
+
+from data_types import Credit, InputError, TensorMiniBatch
+from grpo import classification_policy_adapter, nll
+from vision_task import (
+    Prepared,
+    decode_image,
+    draw_mirrored,
+    draw_predictions,
+    find_images,
+    heat_map,
+    mirror,
+    mutual_information,
+    predictive_entropy,
+    upright_size,
+)
+
+IGNORED = 255
+DEFAULT_REWARD = {"mask_iou_credit": 1.0}
+BEST = "eval/mean_iou"  # what best.pt is chosen by
+
+
+# --- Data -----------------------------------------------------------------------------------------------------------
+
+
+def by_stem(folder: str) -> dict[str, str]:
+    """Path below `folder` without its suffix -> image file. Raises InputError for two files of one stem."""
+    found: dict[str, str] = {}
+    for path in find_images(folder):
+        stem = os.path.splitext(os.path.relpath(path, folder))[0]
+        if stem in found:
+            raise InputError(f"{path}: {found[stem]} has the same stem; remove one of them")
+        found[stem] = path
+    return found
+
+
+def decode_mask(path: str, size: tuple[int, int], image_size: int, num_classes: int) -> Tensor:
+    """The mask file as uint8 [image_size, image_size] of class ids and 255, resized by nearest neighbour.
+
+    size: width and height it must have. Raises InputError with one line that names the file.
+    """
+    try:
+        with Image.open(path) as mask:
+            mask.load()
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: not a readable mask ({reason}); repair or remove it") from error
+    if mask.mode not in ("L", "P", "1"):
+        raise InputError(f"{path}: a mask should be an 8-bit single-channel or palette PNG, not {mask.mode}")
+    if mask.size != size:
+        raise InputError(f"{path}: the mask has {mask.size[0]}x{mask.size[1]} pixels, its image {size[0]}x{size[1]}")
+    values = np.asarray(mask, dtype=np.uint8)  # of a palette the index, not the colour
+    unknown = np.unique(values[(values >= num_classes) & (values != IGNORED)])
+    if len(unknown):
+        raise InputError(
+            f"{path}: pixel value {unknown[0]}, but the classes are 0 to {num_classes - 1} ({IGNORED} is ignored)"
+        )
+    resized = Image.fromarray(values).resize((image_size, image_size), Image.Resampling.NEAREST)
+    return torch.from_numpy(np.array(resized))
+
+
+class SegmentationDataset(Dataset):
+    """A folder of `images/` and `masks/` with the same stems; a mask's pixel value is the class, 255 is ignored.
+
+    classes: the class names in order of the pixel value; None reads them from `classes.txt`, one a line, or numbers
+    them 0 … num_classes - 1 where there is no such file.
+    Item i is uint8 [4, image_size, image_size]: the image and, as its fourth channel, the mask.
+    Raises InputError for a missing folder, image or mask and for unknown classes.
+    """
+
+    channels = 4
+
+    def __init__(self, root: str, image_size: int, classes: list[str] | None = None, num_classes: int | None = None):
+        for folder in ("images", "masks"):
+            if not os.path.isdir(os.path.join(root, folder)):
+                raise InputError(f"{root}: no folder {folder}; it should hold images/ and masks/ with the same stems")
+        images, masks = by_stem(os.path.join(root, "images")), by_stem(os.path.join(root, "masks"))
+        if not images:
+            raise InputError(f"{os.path.join(root, 'images')}: no images")
+        for stem in sorted(images.keys() ^ masks.keys()):
+            if stem in images:
+                raise InputError(f"{images[stem]}: it has no mask {os.path.join(root, 'masks', stem)}.png")
+            raise InputError(f"{masks[stem]}: a mask without an image in {os.path.join(root, 'images')}")
+        self.root, self.image_size = root, image_size
+        self.paths = list(images.values())
+        self.mask_paths = [masks[stem] for stem in images]
+        self.classes = list(classes) if classes else read_classes(root, num_classes)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = decode_image(self.paths[index], self.image_size)
+        size = upright_size(self.paths[index])
+        mask = decode_mask(self.mask_paths[index], size, self.image_size, len(self.classes))
+        return torch.cat([image, mask[None]])
+
+    def batch(self, indices: Tensor, items: Tensor) -> TensorMiniBatch:
+        """Items [B, 4, H, W] -> inputs [B, 3, H, W], targets [B, H, W] int64 (0 where ignored) and counted pixels."""
+        counted = items[:, 3] != IGNORED
+        targets = torch.where(counted, items[:, 3], 0).long()
+        paths = list(map(self.paths.__getitem__, indices.tolist()))
+        metadata = {"paths": paths, "indices": indices, "classes": tuple(self.classes)}
+        return TensorMiniBatch(items[:, :3], targets, metadata, counted)
+
+
+def read_classes(root: str, num_classes: int | None) -> list[str]:
+    """The lines of root/classes.txt, or the numbers of `num_classes` classes. Raises InputError."""
+    path = Path(root, "classes.txt")
+    if not path.exists():
+        if num_classes is None:
+            raise InputError(
+                f"{path}: no such file; name the masks' classes in it, one a line, or set model.num_classes"
+            )
+        return [str(i) for i in range(num_classes)]
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({error}); it should name the classes, one a line, in UTF-8"
+        ) from None
+    if not 2 <= len(names) < IGNORED or len(set(names)) < len(names):
+        raise InputError(f"{path}: it should name 2 to {IGNORED - 1} different classes, one a line; found {len(names)}")
+    return names
+
+
+def open_dataset(root: str, config: dict, classes: list[str] | None) -> SegmentationDataset:
+    model = config["model"]
+    return SegmentationDataset(root, model["image_size"], classes, model["num_classes"])
+
+
+def mirror_batch(batch: TensorMiniBatch) -> TensorMiniBatch:
+    """Half of the images left to right, with their masks."""
+    chosen = draw_mirrored(batch.inputs)
+    inputs, targets, counted = (mirror(x, chosen) for x in (batch.inputs, batch.targets, batch.counted))
+    return TensorMiniBatch(inputs, targets, batch.metadata, counted)
+
+
+# --- Policy ---------------------------------------------------------------------------------------------------------
+
+
+def head_size(num_classes: int, patch_size: int) -> int:
+    """Width of the dense head: a patch token gives the class logits of its patch_size² pixels."""
+    return patch_size**2 * num_classes
+
+
+def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
+    """[…, P, patch_size² · K] -> [..., H, W, K]: the logits of each patch's pixels (row by row) in their place."""
+    side = math.isqrt(tokens.shape[-2])
+    x = tokens.unflatten(-1, (patch_size, patch_size, -1)).unflatten(-4, (side, side))  # […, row, column, y, x, K]
+    return x.transpose(-4, -3).flatten(-5, -4).flatten(-3, -2)  # […, row, y, column, x, K] -> […, H, W, K]
+
+
+def network(model: nn.Module, config: dict) -> Prepared:
+    """`model` as a function of uint8 images to logits [B, H, W, K], or [B, T, H, W, K] under masks."""
+    data, patch_size = config["data"], config["model"]["patch_size"]
+    return Prepared(model, data["mean"], data["std"], lambda tokens: unpatchify(tokens, patch_size))
+
+
+def mask_policy_adapter(outputs: Tensor) -> Categorical:
+    """Logits [B, T, H, W, K] -> a class per pixel, in float32 (or better)."""
+    return classification_policy_adapter(outputs)
+
+
+def policy_adapter(config: dict, progress: float):
+    return mask_policy_adapter
+
+
+def supervised_loss(config: dict):
+    return nll
+
+
+# --- Rewards --------------------------------------------------------------------------------------------------------
+
+
+def pixel_reward(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict) -> Tensor:
+    """1 for each pixel of the right class, 0 otherwise. actions: [B, T, A, H, W]; targets: [B, H, W]; returns
+    [B, T, A, H, W] float."""
+    return (actions == targets[:, None, None]).float()
+
+
+def pixel_counts(actions: Tensor, targets: Tensor, counted: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Counted pixels of each class: intersection I, predicted P, true Y, each float [B, T, A, K].
+
+    actions: [B, T, A, H, W]; targets, counted: [B, H, W].
+    """
+    shape = (*actions.shape[:3], num_classes)
+    chosen, truth = actions.flatten(3), targets.flatten(1)[:, None, None].expand(*actions.shape[:3], -1)
+    weight = counted.flatten(1)[:, None, None].expand_as(truth).float()
+    zeros = weight.new_zeros(shape)
+    intersection = zeros.scatter_add(3, chosen, weight * (chosen == truth))
+    predicted = zeros.scatter_add(3, chosen, weight)
+    true = zeros[:, 0, 0].scatter_add(1, targets.flatten(1), counted.flatten(1).float())
+    return intersection, predicted, true[:, None, None].expand(shape)
+
+
+def mean_iou(intersection: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
+    """Mean over the classes with Y > 0 of I / (P + Y - I): [..., K] each -> […]; 1 where no pixel counts."""
+    present = true > 0
+    iou = torch.where(present, intersection / (predicted + true - intersection).clamp(min=1), 0)
+    return torch.where(present.any(-1), iou.sum(-1) / present.sum(-1).clamp(min=1), 1)
+
+
+def counts_of(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict) -> tuple[Tensor, Tensor, Tensor]:
+    counted = metadata.get("counted", torch.ones_like(targets, dtype=torch.bool))
+    return pixel_counts(actions, targets, counted, outputs.shape[-1])
+
+
+def mask_iou_reward(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict) -> Tensor:
+    """One score per mask: IoU, mean over the classes present in the truth. actions: [B, T, A, H, W]; outputs: logits
+    [B, T, H, W, K]; targets: [B, H, W]; returns [B, T, A]."""
+    return mean_iou(*counts_of(actions, outputs, targets, metadata))
+
+
+def mask_iou_credit(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict) -> Credit:
+    """`mask_iou_reward` with its counterfactual credit (COMA, https://arxiv.org/abs/1705.08926): the advantage of a
+    pixel is R(a) - Σ_k π(k) R(a with this pixel set to k), [B, T, A, H, W]. Exact for any K; needs no group.
+
+    Leaving class c changes its IoU = I / U by rem(c), joining it by add(c); with n classes present and 0 for a class
+    that is not, A = -[(1 - π(a)) rem(a) + Σ_{k≠a} π(k) add(k)] / n.
+    """
+    probs = mask_policy_adapter(outputs).probs.flatten(2, 3)  # [B, T, HW, K]
+    counts = counts_of(actions, outputs, targets, metadata)
+    intersection, predicted, true = (count.to(probs.dtype) for count in counts)  # [B, T, A, K]
+    union = predicted + true - intersection
+    weight = (true > 0).to(probs.dtype) / (true > 0).sum(-1, keepdim=True).clamp(min=1)  # w_c / n
+    # (I - 1) / U - I / U and so on, written without the cancellation. A pixel of truth c (right), or of another.
+    rem_right, add_right = -weight / union.clamp(min=1), weight / union.clamp(min=1)
+    rem_wrong = weight * intersection / (union * (union - 1)).clamp(min=1)
+    add_wrong = -weight * intersection / (union * (union + 1)).clamp(min=1)
+
+    chosen, truth = (
+        actions.flatten(3),
+        targets.flatten(1)[:, None, None].expand(*actions.shape[:3], -1),
+    )  # [B, T, A, HW]
+    joined = torch.einsum("btpk,btak->btap", probs, add_wrong)  # Σ_k π(k) add(k), were no class the truth
+    probs = probs[:, :, None].expand(*probs.shape[:2], chosen.shape[2], *probs.shape[2:])  # [B, T, A, HW, K], a view
+    prob_chosen, prob_truth = (probs.gather(-1, index[..., None])[..., 0] for index in (chosen, truth))
+    right = chosen == truth
+    joined = joined + prob_truth * (add_right - add_wrong).gather(-1, truth)
+    joined = joined - prob_chosen * torch.where(right, add_right.gather(-1, chosen), add_wrong.gather(-1, chosen))
+    left = torch.where(right, rem_right.gather(-1, chosen), rem_wrong.gather(-1, chosen))
+    advantages = -((1 - prob_chosen) * left + joined)
+    return Credit(advantages.view(actions.shape), mean_iou(*counts))
+
+
+# --- Metric and pictures --------------------------------------------------------------------------------------------
+
+
+def confusion_matrix(predicted: Tensor, targets: Tensor, counted: Tensor, num_classes: int) -> Tensor:
+    """Counted pixels by [truth, prediction]: int64 [K, K]. All arguments of one shape."""
+    index = targets[counted] * num_classes + predicted[counted]
+    return torch.bincount(index, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def segmentation_metrics(confusion: Tensor, classes: list[str]) -> dict[str, float]:
+    """IoU of each class, their mean over the classes that truth or prediction hold, and pixel accuracy.
+
+    confusion: [K, K] over the whole data set, which is not the mean of the images' IoUs.
+    """
+    hits = confusion.diagonal().double()
+    union = confusion.sum(0) + confusion.sum(1) - hits
+    iou = (hits / union)[union > 0]
+    figures = {"mean_iou": float(iou.mean()), "pixel_accuracy": float(hits.sum() / confusion.sum())}
+    return figures | {f"iou/{classes[i]}": float(hits[i] / union[i]) for i in (union > 0).nonzero().flatten().tolist()}
+
+
+class Evaluation:
+    """Collects the predictions for a data set: of the deterministic network and of the mean over T passes."""
+
+    def __init__(self, dataset: SegmentationDataset, config: dict, shown: int = 8):
+        self.classes, self.shown = dataset.classes, shown
+        num_classes = len(dataset.classes)
+        self.confusions = [torch.zeros(num_classes, num_classes, dtype=torch.int64) for _ in range(2)]
+        self.pictures: list[tuple[float, Tensor]] = []  # the most uncertain: (mean entropy, picture)
+
+    def add(self, batch: TensorMiniBatch, outputs: Tensor, outputs_mc: Tensor) -> None:
+        """outputs: logits [B, H, W, K] of the deterministic network; outputs_mc: [B, T, H, W, K] of T passes."""
+        passes = mask_policy_adapter(outputs_mc).probs
+        mean = passes.mean(1)  # [B, H, W, K]
+        for confusion, scores in zip(self.confusions, (outputs, mean)):
+            confusion += confusion_matrix(scores.argmax(-1), batch.targets, batch.counted, len(self.classes)).cpu()
+        entropy = (predictive_entropy(mean) * batch.counted).mean((1, 2))  # [B], nats
+        for i in entropy.argsort(descending=True)[: self.shown].tolist():
+            truth = batch.targets[i].where(batch.counted[i], IGNORED)
+            picture = [
+                batch.inputs[i],
+                overlay(batch.inputs[i], truth),
+                overlay(batch.inputs[i], mean[i].argmax(-1)),
+                heat_map(mutual_information(passes[i])),  # [T, H, W, K]
+            ]
+            self.pictures.append((float(entropy[i]), torch.cat(picture, -1).cpu()))
+        self.pictures = sorted(self.pictures, key=lambda row: -row[0])[: self.shown]
+
+    def figures(self) -> dict[str, float]:
+        return {
+            f"{prefix}/{name}": value
+            for prefix, confusion in zip(("eval", "eval_mc"), self.confusions)
+            for name, value in segmentation_metrics(confusion, self.classes).items()
+        }
+
+    def draw(self) -> Tensor:
+        """The most uncertain images, each with true mask, predicted mask and the passes' disagreement (mutual
+        information of pass and class): uint8 [3, height, width]."""
+        captions = [[f"image, truth, prediction, disagreement; entropy {entropy:.2f}"] for entropy, _ in self.pictures]
+        return draw_predictions([picture for _, picture in self.pictures], captions, columns=2)
+
+
+def overlay(image: Tensor, mask: Tensor) -> Tensor:
+    """image: uint8 [3, H, W]; mask: class ids [H, W]. Class 0 stays as it is, ignored pixels are white."""
+    phase = torch.tensor([0, 1 / 3, 2 / 3], device=mask.device)[:, None, None]
+    hue = mask * 0.381966 + phase  # golden-ratio steps around the colour wheel
+    colour = 127.5 + 127.5 * torch.cos(2 * math.pi * hue)
+    colour = torch.where(mask == IGNORED, 255.0, colour)
+    return torch.where(mask == 0, image.float(), 0.4 * image + 0.6 * colour).to(torch.uint8)
