@@ -365,9 +365,9 @@ def update_policy(
     seen, updated, lowest, group_rewards = [], [], [], []  # (share, measurements) of rollouts and of backward passes
 
     def share(episode: Episode) -> float | Tensor:  # of the batch's elements that count
-        return (
-            len(episode) / batch_size if episode.counted is None else episode.counted.sum() / num_counted.clamp(min=1)
-        )
+        if episode.counted is None:
+            return len(episode) / batch_size
+        return episode.counted.sum().to(episode.log_probs.dtype) / num_counted.clamp(min=1)
 
     def backward(episode: Episode, policy: Distribution, log_probs: Tensor) -> None:
         reference_policy = None

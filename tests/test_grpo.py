@@ -15,7 +15,7 @@ from torch.distributions import Categorical, Distribution
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo
-from data_types import Episode, TensorMiniBatch
+from data_types import Credit, Episode, TensorMiniBatch
 from grpo import action_log_prob, classification_policy_adapter, compute_advantages, keyed_rng
 from vit_model import VisionTransformer
 
@@ -800,3 +800,186 @@ def test_a_step_costs_as_many_operators_whatever_the_sizes(keep_graph, monkeypat
     monkeypatch.setattr(Distribution, "_validate_args", False)
     few, many = count_ops(4, 2, 2, keep_graph), count_ops(16, 4, 8, keep_graph)
     assert few == many and few.total() > 300
+
+
+# --- Elements that count ----------------------------------------------------------------------------------------------
+
+
+def patch_adapter(outputs):
+    """Three elements of two classes each from six logits: batch shape [B, T, 3]."""
+    return Categorical(logits=outputs.unflatten(-1, (3, 2)))
+
+
+COUNTED = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1], [0, 1, 0]], dtype=torch.bool)
+
+
+def element_batch(counted=COUNTED) -> TensorMiniBatch:
+    batch = make_batch(len(counted))
+    return replace(batch, targets=torch.arange(3 * len(counted)).view(-1, 3) % 2, counted=counted)
+
+
+def right_or_nan(actions, outputs, targets, metadata):
+    """Right or wrong per element, and NaN where nothing counts: that must not be looked at."""
+    reward = (actions == targets[:, None, None]).double()
+    return torch.where(metadata["counted"][:, None, None], reward, torch.nan)
+
+
+def any_score(actions, outputs, targets, metadata):
+    """One score per action."""
+    return (actions * torch.tensor([4, 2, 1])).sum(-1).double()
+
+
+def element_update(model, episodes, counted=COUNTED, **options):
+    options = {"num_counted": counted.sum(), "adapter": patch_adapter} | options
+    return update(model, episodes, batch_size=len(counted), **options)
+
+
+@pytest.mark.parametrize("reward", [right_or_nan, any_score])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_only_counted_elements_are_in_advantage_and_gradient(reward, estimator):
+    """The gradient of Σ -log π(a)·adv over the counted elements, ÷ their number and T·A; nothing leaks from others."""
+    model, batch = make_model(num_classes=6), element_batch()
+    episode = roll(model, batch, reward, adapter=patch_adapter, advantage=estimator, A=4)
+    assert episode.rewards.isfinite().all() and episode.advantages.isfinite().all()
+    expected = 0.0
+    policy = patch_adapter(model(batch.inputs, episode.masks))
+    log_probs = action_log_prob(policy, episode.actions)
+    for i, e in COUNTED.nonzero().tolist():
+        raw = reward(episode.actions, None, batch.targets, {"counted": COUNTED})[i]
+        raw = raw[..., e] if raw.ndim == 3 else raw
+        advantages = torch.tensor(slow_advantages(raw.flatten().tolist(), estimator)).view(2, 4)
+        expected = expected - (advantages * log_probs[i, ..., e]).mean()
+    exact = gradient_of(model, expected / COUNTED.sum())
+    gradient, metrics = element_update(model, [episode])
+    assert_close(gradient, exact, 1e-6)
+    assert gradient.abs().max() > 1e-4
+    live = [bool((episode.advantages[i] != 0).any()) for i in range(4)]
+    assert float(metrics["groups/live"]) == sum(live) / 4
+
+
+def test_metrics_are_means_over_what_counts():
+    model, batch = make_model(num_classes=6), element_batch()
+    episode = roll(model, batch, right_or_nan, adapter=patch_adapter)
+    _, metrics = element_update(model, [episode])
+    right = (episode.actions == batch.targets[:, None, None]).double().mean((1, 2))  # [B, E]
+    by_image = [right[i][COUNTED[i]].mean() if COUNTED[i].any() else torch.tensor(0.0) for i in range(4)]
+    assert_close(metrics["group_rewards"], torch.stack(by_image).double())
+    assert_close(metrics["reward/mean"], torch.stack(by_image).mean())
+    assert_close(metrics["reward/r"], metrics["reward/mean"])
+    entropy = patch_adapter(model(batch.inputs, episode.masks)).entropy().mean(1)
+    by_image = [entropy[i][COUNTED[i]].mean() if COUNTED[i].any() else torch.tensor(0.0) for i in range(4)]
+    assert_close(metrics["policy/entropy"], torch.stack(by_image).mean())
+    assert float(metrics["policy/ratio"]) == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("keep_graph", [True, False])
+@pytest.mark.parametrize(
+    "options", [{}, {"objective": "supervised"}, {"entropy_coef": 0.3}, {"kl_coef": 0.7}, {"update_epochs": 2}]
+)
+def test_with_elements_too_micro_batches_and_replays_give_the_batchs_gradient(options, keep_graph):
+    """However many elements of each micro-batch count, and where none does."""
+    model, batch, gradients = make_model(num_classes=6), element_batch(), []
+    options = options | ({"reference": make_model(num_classes=6, depth=1)} if "kl_coef" in options else {})
+    whole = roll(model, batch, right_or_nan, adapter=patch_adapter, A=4)
+    for size in (4, 2, 1):
+        graph = replace(whole, policy=None, log_probs=whole.log_probs.detach(), metadata={"targets": batch.targets})
+        parts = [graph[start : start + size] for start in range(0, 4, size)]
+        episodes = []
+        for part in parts:
+            policy = patch_adapter(model(part.inputs, part.masks))
+            log_probs = action_log_prob(policy, part.actions)
+            metadata = {"targets": part.metadata["targets"], "reward_terms": {}}
+            log_probs = log_probs if keep_graph else log_probs.detach()
+            episodes.append(replace(part, policy=policy, log_probs=log_probs, metadata=metadata))
+        gradient, metrics = element_update(model, episodes, micro_batch_size=size, **options)
+        gradients.append((gradient, metrics["loss"]))
+    for gradient, loss in gradients[1:]:
+        assert_close(gradient, gradients[0][0], 1e-9)
+        assert_close(loss, gradients[0][1], 1e-9)
+    assert gradients[0][0].abs().max() > 1e-4
+
+
+def test_nothing_counts_at_all():
+    counted = torch.zeros_like(COUNTED)
+    model = make_model(num_classes=6)
+    episode = roll(model, element_batch(counted), right_or_nan, adapter=patch_adapter)
+    gradient, metrics = element_update(model, [episode], counted)
+    assert not gradient.any() and float(metrics["loss"]) == 0 and float(metrics["groups/live"]) == 0
+
+
+def test_supervised_and_entropy_leave_out_what_does_not_count():
+    model, batch = make_model(num_classes=6), element_batch()
+    episode = roll(model, batch, right_or_nan, adapter=patch_adapter)
+    logits = model(batch.inputs, episode.masks).unflatten(-1, (3, 2))
+    targets = batch.targets[:, None].expand(4, 2, 3)
+    each = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none").view(4, 2, 3).mean(1)
+    exact = gradient_of(model, each[COUNTED].mean())
+    assert_close(element_update(model, [episode], objective="supervised")[0], exact, 1e-8)
+    episode = roll(model, batch, lambda actions, *_: torch.ones(actions.shape), adapter=patch_adapter)
+    entropy = patch_adapter(model(batch.inputs, episode.masks)).entropy().mean(1)
+    exact = gradient_of(model, -0.5 * entropy[COUNTED].mean())
+    assert_close(element_update(model, [episode], entropy_coef=0.5)[0], exact, 1e-8)
+
+
+def test_another_supervised_loss():
+    model, batch = make_model(num_classes=6), element_batch()
+    episode = roll(model, batch, right_or_nan, adapter=patch_adapter)
+
+    def squares(policy, targets):  # [B, T, 1, E]
+        return (policy.logits[..., 1].unsqueeze(2) - targets) ** 2
+
+    logits = patch_adapter(model(batch.inputs, episode.masks)).logits[..., 1]
+    each = ((logits - batch.targets[:, None]) ** 2).mean(1)
+    exact = gradient_of(model, each[COUNTED].mean())
+    gradient, _ = element_update(model, [episode], objective="supervised", supervised_loss=squares)
+    assert_close(gradient, exact, 1e-8)
+
+
+# --- Finished advantages ----------------------------------------------------------------------------------------------
+
+
+def credit(actions, outputs, targets, metadata):
+    """Finished advantages per element; the score behind them is one per action."""
+    advantages = torch.linspace(-1, 2, actions.numel(), dtype=torch.float64).view(actions.shape)
+    return Credit(advantages, advantages.mean(-1))
+
+
+@pytest.mark.parametrize("A", [1, 3])
+def test_finished_advantages_pass_through(A):
+    """No estimator touches them, not even in a group of one; weights scale them; what does not count is 0."""
+    model, batch = make_model(num_classes=6), element_batch()
+    options = {"num_mc_samples": 1, "actions_per_sample": A, "key": (3, 1, 0)}
+    episode = grpo.rollout(model, batch, {"c": (credit, 0.5)}, patch_adapter, **options)
+    expected = 0.5 * credit(episode.actions, None, None, None).advantages * COUNTED[:, None, None]
+    assert torch.equal(episode.advantages, expected)
+    assert torch.equal(episode.rewards, 0.5 * credit(episode.actions, None, None, None).rewards)
+    log_probs = action_log_prob(patch_adapter(model(batch.inputs, episode.masks)), episode.actions)
+    exact = gradient_of(model, -(expected * log_probs).sum() / (A * COUNTED.sum()))
+    gradient, metrics = element_update(model, [episode])
+    assert_close(gradient, exact, 1e-8)
+    assert float(metrics["groups/live"]) == float((expected != 0).flatten(1).any(1).double().mean())
+
+
+def test_finished_advantages_are_added_to_those_of_other_rewards():
+    model, batch = make_model(num_classes=6), element_batch()
+    rewards = {"score": (any_score, 2.0), "c": (credit, 0.5)}
+    episode = grpo.rollout(model, batch, rewards, patch_adapter, num_mc_samples=2, actions_per_sample=3)
+    plain = compute_advantages(2.0 * any_score(episode.actions, None, None, None), "maxrl")
+    finished = 0.5 * credit(episode.actions, None, None, None).advantages * COUNTED[:, None, None]
+    assert_close(episode.advantages, plain[..., None] + finished)
+    assert set(episode.metadata["reward_terms"]) == {"score", "c"}
+
+
+def test_a_group_of_one_needs_finished_advantages():
+    model, batch = make_model(num_classes=6), element_batch()
+    with pytest.raises(ValueError, match="rollout.actions_per_sample: a group needs two actions"):
+        roll(model, batch, any_score, T=1, A=1, adapter=patch_adapter)
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (4, 2, 2, 2)])
+def test_finished_advantages_of_another_shape_are_refused(shape):
+    def wrong(actions, outputs, targets, metadata):
+        return Credit(torch.zeros(shape), torch.zeros(4, 2, 2))
+
+    with pytest.raises(ValueError, match=r"rollout.reward: r returned a tensor of shape"):
+        roll(make_model(num_classes=6), element_batch(), wrong, adapter=patch_adapter)
