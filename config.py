@@ -55,7 +55,7 @@ SCHEMA: dict[str, Key] = {
     ),
     "model.num_classes": Key(None, int, "null: the classes of data.train_dir", **at_least(1), optional=True),
     "model.checkpoint_path": Key(
-        None, str, "weights to start from: a checkpoint of this repo or a state dict", optional=True
+        None, str, "weights to start from: a checkpoint of this repo, or of timm, DeiT, DINO, MAE", optional=True
     ),
     "model.compile": Key(False, bool, "torch.compile the model"),
     "data.train_dir": Key("data/train", str, "folder of images, in the task's format"),
@@ -110,6 +110,19 @@ SCHEMA: dict[str, Key] = {
         50, int, "steps of linear warm-up; a run shorter than that never reaches the peak", **at_least(0)
     ),
     "training.weight_decay": Key(0.05, float, "of weight matrices; biases, norms, tokens have none", **at_least(0)),
+    "training.layer_decay": Key(
+        1.0,
+        float,
+        "learning rate of a block / of the next one; embedding below, norm and head above the blocks",
+        rule="> 0 and <= 1",
+        valid=lambda value: 0 < value <= 1,
+    ),
+    "training.freeze_blocks": Key(
+        0,
+        int,
+        "the embedding and the first k blocks are not trained (k = depth: norm and head alone); 0: all is",
+        **at_least(0),
+    ),
     "training.betas": Key(
         [0.9, 0.999],
         list,
@@ -248,6 +261,10 @@ def check_pairs(config: dict[str, Any]) -> None:
         (
             (c.dropout_blocks or 0) > c.depth,
             f"model.dropout_blocks: {c.dropout_blocks} is more than model.depth: {c.depth}",
+        ),
+        (
+            c.freeze_blocks > c.depth,
+            f"training.freeze_blocks: {c.freeze_blocks} is more than model.depth: {c.depth}",
         ),
         (
             not sampled and c.dropout == 0,

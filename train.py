@@ -90,24 +90,46 @@ def pick_autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if name == "bfloat16" or (name == "auto" and has_bfloat16) else None
 
 
+def layer_of(name: str, depth: int) -> int:
+    """The layer of a parameter: 0 for the embedding, 1 to depth for the blocks, depth + 1 for norm and head."""
+    if name.startswith(("patch_embed.", "cls_token", "pos_embed")):
+        return 0
+    return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
+
+
 def build_model(config: dict, num_classes: int, device: torch.device) -> VisionTransformer:
+    """The ViT with seeded weights on `device`; what training.freeze_blocks holds takes no gradient."""
     shape = {k: v for k, v in config["model"].items() if k not in ("num_classes", "checkpoint_path", "compile")}
     dtype = pick_autocast_dtype(config["training"]["dtype"], device)
     width = TASKS[config["task"]].head_size(num_classes, config["model"]["patch_size"])
     dense = config["task"] != "classification"
     with keyed_rng(config["training"]["seed"], "init"):
-        return VisionTransformer(**shape, num_classes=width, dense=dense, autocast_dtype=dtype).to(device)
+        model = VisionTransformer(**shape, num_classes=width, dense=dense, autocast_dtype=dtype).to(device)
+    frozen = config["training"]["freeze_blocks"]
+    for name, p in model.named_parameters():
+        p.requires_grad_(not frozen or layer_of(name, len(model.blocks)) > frozen)
+    return model
 
 
 def build_optimizer(model: VisionTransformer, training: SimpleNamespace) -> torch.optim.AdamW:
-    """AdamW; no weight decay on biases, norms, class token and position embedding."""
-    plain = {name for name, p in model.named_parameters() if p.ndim < 2} | {"cls_token", "pos_embed"}
+    """AdamW over what is not frozen; no weight decay on biases, norms, class token and position embedding.
+
+    `lr_scale` of a group is its share of the learning rate: layer_decay per layer below the head, as in BEiT
+    (https://arxiv.org/abs/2106.08254).
+    """
+    depth, params = len(model.blocks), {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            plain = p.ndim < 2 or name in ("cls_token", "pos_embed")
+            lr_scale = training.layer_decay ** (depth + 1 - layer_of(name, depth))
+            params.setdefault((plain, lr_scale), []).append(p)
     groups = [
         {
-            "params": [p for name, p in model.named_parameters() if name not in plain],
-            "weight_decay": training.weight_decay,
-        },
-        {"params": [p for name, p in model.named_parameters() if name in plain], "weight_decay": 0.0},
+            "params": params[plain, lr_scale],
+            "weight_decay": 0.0 if plain else training.weight_decay,
+            "lr_scale": lr_scale,
+        }
+        for plain, lr_scale in sorted(params)
     ]
     return torch.optim.AdamW(groups, lr=training.learning_rate, betas=tuple(training.betas), fused=True)
 
@@ -389,8 +411,17 @@ def train(args: argparse.Namespace) -> int:
     optimizer = build_optimizer(model, training)
     start, best_figure, live_share, dead_steps, rows = 0, -1.0, 1.0, 0, []
     if state:
-        hyperparameters = [{k: group[k] for k in ("weight_decay", "betas")} for group in optimizer.param_groups]
-        optimizer.load_state_dict(state["optimizer"])
+        hyperparameters = [
+            {k: group[k] for k in ("weight_decay", "betas", "lr_scale")} for group in optimizer.param_groups
+        ]
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+        except ValueError:
+            raise InputError(
+                f"{run_dir}: its optimizer does not fit training.freeze_blocks: {training.freeze_blocks} with "
+                f"training.layer_decay: {training.layer_decay}; drop these keys, or start a new run from it with "
+                "model.checkpoint_path"
+            ) from None
         for group, own in zip(optimizer.param_groups, hyperparameters):
             group |= own  # may be overridden
         start, best_figure, live_share, dead_steps, rows = (
@@ -433,7 +464,7 @@ def train(args: argparse.Namespace) -> int:
         batch = next(batches).to(device)
         waited += time.perf_counter() - before
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, training)
+            group["lr"] = group["lr_scale"] * learning_rate(step, training)
         keep_graph = not may_replay or live_share >= REPLAY_BELOW
         rows.append(
             training_step(model, optimizer, batch, rewards, config, step, keep_graph=keep_graph, reference=reference)

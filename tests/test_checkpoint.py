@@ -793,6 +793,44 @@ def test_the_mlp_ratio_that_is_told_gives_the_hidden_width(tmp_path, width, hidd
     loads(tmp_path, source.state_dict(), tiny(embed_dim=width, num_heads=1, mlp_ratio=ratio))
 
 
+def hostile_tensors() -> list[torch.Tensor]:
+    """What a file can hold and weights are not: shapes of nothing, of integers, without the memory behind them."""
+    zero = torch.zeros(())
+    shapes = [(), (0,), (16,), (1, 5, 16), (1, 0, 16), (0, 3, 4, 4), (16, 3, 4, 4), (10**6, 10**6), (1, 10**12 + 1, 16)]
+    dtypes = (torch.float32, torch.int8)
+    tensors = [zero.to(dtype).expand(shape) for shape in shapes for dtype in dtypes]
+    tensors += [
+        torch.nested.nested_tensor([zero]),
+        torch.zeros(16).to_sparse(),
+        torch.zeros(10**9, 10**6, device="meta"),
+    ]
+    return [
+        *tensors,
+        torch.quantize_per_tensor(torch.zeros(16), 0.1, 0, torch.qint8),
+        torch.zeros(16).to(torch.float8_e4m3fn),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "names", [list(tiny().state_dict()), ["blocks.9999999999999999.norm1.bias", "blocks.x", "\x1b[2J"]]
+)
+def test_hostile_tensors_give_one_line(tmp_path, names):
+    """In the place of each tensor, or beside them: one line (a head may be left fresh); an untouched model; nothing
+    allocates what a shape alone promises."""
+    model = tiny()
+    weights, before = changed(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name in names:
+        for tensor in hostile_tensors():
+            path = weights_file(tmp_path, weights | {name: tensor})
+            try:
+                line = load_weights(model, path).splitlines()[0]
+                assert name.startswith("head.") and line.endswith("2 left fresh (head.weight, head.bias)")
+                model.load_state_dict(before)
+            except InputError as error:
+                assert str(error).isprintable() and same(dict(model.state_dict()), before)
+
+
 def test_dropout_goes_into_a_model_trained_without(tmp_path):
     """Masks are arguments: the file knows none. The loaded network is the source, and its passes differ."""
     source, model = tiny(dropout=0.0), tiny(dropout=0.5)

@@ -190,6 +190,7 @@ def test_every_key_but_the_optional_refuses_null():
         ({"model__num_heads": 5}, "model.embed_dim: 192 is not a multiple of model.num_heads: 5"),
         ({"model__mlp_ratio": 0.005}, "model.mlp_ratio: 0.005 of embed_dim 192 leaves no hidden unit"),
         ({"model__dropout_blocks": 13}, "model.dropout_blocks: 13 is more than model.depth: 12"),
+        ({"training__freeze_blocks": 13}, "training.freeze_blocks: 13 is more than model.depth: 12"),
         (
             {"rollout__action": "argmax", "model__dropout": 0, "rollout__num_mc_samples": 1},
             "rollout.action: argmax explores by dropout alone; raise model.dropout above 0",
@@ -221,6 +222,7 @@ def test_impossible_pairs(keys, expected):
     "keys",
     [
         {"model__image_size": 32, "model__dropout_blocks": 12},
+        {"training__freeze_blocks": 12, "training__layer_decay": 1e-3},
         {"model__mlp_ratio": 1 / 192},
         {"model__dropout": 0, "rollout__num_mc_samples": 1},
         {"rollout__action": "argmax", "rollout__num_mc_samples": 2},

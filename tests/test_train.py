@@ -220,7 +220,7 @@ def test_learning_rate_at_the_borders():
 def test_weight_decay_is_for_weight_matrices_alone():
     """Every parameter is there once; biases, norms, class token and position embedding do not decay."""
     model = VisionTransformer(**TINY["model"], num_classes=3)
-    training = SimpleNamespace(weight_decay=0.3, learning_rate=0.01, betas=[0.8, 0.9])
+    training = SimpleNamespace(weight_decay=0.3, learning_rate=0.01, betas=[0.8, 0.9], layer_decay=1.0)
     optimizer = train.build_optimizer(model, training)
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = [(names[p], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]]
@@ -231,6 +231,152 @@ def test_weight_decay_is_for_weight_matrices_alone():
         name: 0.3 if name in decaying | {"patch_embed.proj.weight"} else 0.0 for name in names.values()
     }
     assert all(group["betas"] == (0.8, 0.9) and group["lr"] == 0.01 for group in optimizer.param_groups)
+    assert [group["lr_scale"] for group in optimizer.param_groups] == [1.0, 1.0]
+
+
+# --- Fine-tuning ------------------------------------------------------------------------------------------------------
+
+EMBEDDING = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+
+
+def frozen_names(k: int) -> set[str]:
+    """What training.freeze_blocks=k leaves as it is in a ViT of at most nine blocks."""
+    model = VisionTransformer(**TINY["model"] | {"depth": 3}, num_classes=3)
+    blocks = tuple(f"blocks.{i}." for i in range(k))
+    return {name for name, _ in model.named_parameters() if k and (name in EMBEDDING or name.startswith(blocks))}
+
+
+def test_layer_decay_is_the_closed_form(monkeypatch):
+    """At each step, each parameter: learning_rate(step) * decay^(depth + 1 - layer); the weight decay is as ever."""
+    rates = []
+
+    def update(network, optimizer, *arguments, **options):
+        names = {parameter: name for name, parameter in network.model.named_parameters()}
+        groups = optimizer.param_groups
+        rates.append({names[p]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]})
+        return update_policy(network, optimizer, *arguments, **options)
+
+    update_policy = train.update_policy
+    monkeypatch.setattr(train, "update_policy", update)
+    assert run("training.layer_decay=0.6", "model.depth=3", "training.steps=6") == 0
+    training = SimpleNamespace(**configured(training__steps=6)["training"])
+    layers = dict.fromkeys(EMBEDDING, 0) | dict.fromkeys(["norm.weight", "norm.bias", "head.weight", "head.bias"], 4)
+    assert len(rates) == 6 and len(rates[0]) == 4 + 3 * 12 + 4
+    for step, found in enumerate(rates):
+        for name, (rate, weight_decay) in found.items():
+            layer = layers[name] if name in layers else int(name.split(".")[1]) + 1  # block i of 0, 1, 2 is i + 1
+            assert rate == pytest.approx(train.learning_rate(step, training) * 0.6 ** (4 - layer), rel=1e-12), name
+            decays = name.endswith(".weight") and "norm" not in name
+            assert weight_decay == (training.weight_decay if decays else 0.0), name
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+@pytest.mark.parametrize("objective", ["grpo", "supervised"])
+def test_frozen_blocks_stay_as_they_are(k, objective):
+    """They get no gradient and no place in the optimizer, and nothing is kept for their backward pass; the rest
+    learns, however the passes are made (one pass, or replays of the live groups)."""
+    keys = (f"training.freeze_blocks={k}", "model.depth=3", "training.steps=4", "training.update_epochs=2")
+    assert run(*keys, f"training.objective={objective}") == 0
+    config = configured(training__freeze_blocks=k, model__depth=3)
+    start, end = train.build_model(config, 3, torch.device("cpu")), ckpt("tiny")
+    frozen, names = frozen_names(k), [name for name, _ in start.named_parameters()]
+    assert {name for name, weight in start.named_parameters() if not weight.requires_grad} == frozen
+    assert {name for name in names if torch.equal(end["model"][name], start.state_dict()[name])} == frozen
+    optimizer = train.build_optimizer(start, SimpleNamespace(**config["training"]))
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    assert held == {weight for name, weight in start.named_parameters() if name not in frozen}
+    assert len(end["optimizer"]["state"]) == len(held)
+
+    needs_gradient = []
+    for block in start.blocks:
+        block.register_forward_hook(lambda module, arguments, output: needs_gradient.append(output.requires_grad))
+    start(torch.rand(2, 3, 8, 8), start.sample_masks(2, 4)).sum().backward()
+    assert needs_gradient == [i >= k for i in range(3)]
+    assert {name for name, weight in start.named_parameters() if weight.grad is None} == frozen
+
+
+def test_freezing_takes_part_in_replays_and_micro_batches(monkeypatch):
+    """A run that replays the live groups, frozen up to the last block, ends where one without replays ends."""
+    keys = ("training.freeze_blocks=2", "training.micro_batch_size=8", "data.eval_dir=null", "training.steps=6")
+    ends = []
+    for replay in (2.0, 0.0):
+        monkeypatch.setattr(train, "REPLAY_BELOW", replay)
+        assert run(f"training.run_name=r{replay:.0f}", *keys) == 0
+        ends.append(ckpt(f"r{replay:.0f}")["model"])
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(tensor, ends[1][name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "keys", [["layer_decay=0.7"], ["freeze_blocks=1"], ["freeze_blocks=2"], ["layer_decay=0.7", "freeze_blocks=1"]]
+)
+def test_fine_tuning_survives_a_resume(monkeypatch, keys):
+    """Stopped in mid-epoch and resumed: the bits of a run in one piece."""
+    keys = [f"training.{key}" for key in (*keys, "kl_coef=0.1")]
+    assert run("training.run_name=whole", *keys) == 0
+    assert stop_after(monkeypatch, 5, *keys) == 143
+    assert run("--resume", "ckpt/tiny") == 0
+    assert same(learned("tiny"), learned("whole"))
+    assert run("training.run_name=plain", "training.kl_coef=0.1") == 0
+    assert not same(learned("plain"), learned("whole"))
+
+
+@pytest.mark.parametrize("keys", [["freeze_blocks=0"], ["freeze_blocks=2"], ["layer_decay=0.7"]])
+def test_what_is_frozen_cannot_change_on_resume(capsys, keys):
+    """One line that names the keys, and the run stays as it is; a new run may start from it."""
+    assert run("training.steps=3", "training.freeze_blocks=1") == 0
+    before = files(Path("ckpt/tiny")) | files(Path("logs/tiny"))
+    text = refused(capsys, "--resume", "ckpt/tiny", "training.steps=5", *[f"training.{key}" for key in keys])
+    told = {"freeze_blocks": 1, "layer_decay": 1.0} | yaml.safe_load(keys[0].replace("=", ": "))
+    assert text == (
+        f"ckpt/tiny: its optimizer does not fit training.freeze_blocks: {told['freeze_blocks']} with "
+        f"training.layer_decay: {told['layer_decay']}; drop these keys, or start a new run from it with "
+        "model.checkpoint_path"
+    )
+    assert files(Path("ckpt/tiny")) | files(Path("logs/tiny")) == before
+    key = [f"training.{key}" for key in keys]
+    assert run("model.checkpoint_path=ckpt/tiny/last.pt", "training.run_name=new", "training.steps=3", *key) == 0
+
+
+def test_layer_decay_may_change_on_resume():
+    """From one below 1 to another: the new one counts."""
+    assert run("training.steps=3", "training.layer_decay=0.7") == 0
+    assert run("--resume", "ckpt/tiny", "training.steps=5", "training.layer_decay=0.5") == 0
+    scales = {group["lr_scale"] for group in ckpt("tiny")["optimizer"]["param_groups"]}
+    assert scales == {1.0, 0.5, 0.25, 0.125}
+
+
+def test_checkpoints_from_before_layer_decay_can_be_resumed(monkeypatch):
+    """Their parameter groups have no lr_scale, their config not the keys; they end in the undisturbed run's bits."""
+    assert run("training.run_name=whole") == 0
+    assert stop_after(monkeypatch, 5) == 143
+    state = ckpt("tiny")
+    for key in ("layer_decay", "freeze_blocks"):
+        del state["config"]["training"][key]
+    for group in state["optimizer"]["param_groups"]:
+        del group["lr_scale"]
+    torch.save(state, "ckpt/tiny/last.pt")
+    assert run("--resume", "ckpt/tiny") == 0
+    tiny, whole = ckpt("tiny"), ckpt("whole")
+    assert same(tiny["model"], whole["model"]) and same(tiny["optimizer"]["state"], whole["optimizer"]["state"])
+    assert tiny["optimizer"]["param_groups"] == whole["optimizer"]["param_groups"]
+
+
+def test_a_pretrained_vit_is_fine_tuned(capsys):
+    """A timm-named file of another image size and other classes, frozen but for the last block: what the run prints,
+    and what it starts from and leaves."""
+    other = VisionTransformer(**TINY["model"] | {"image_size": 16}, num_classes=7)
+    weights = {f"module.backbone.{name}": tensor for name, tensor in other.state_dict().items()}
+    torch.save({"teacher": weights | {"module.head.mlp.0.bias": torch.ones(3)}}, "dino.pth")
+    keys = ("model.checkpoint_path=dino.pth", "training.freeze_blocks=1", "training.layer_decay=0.75")
+    capsys.readouterr()
+    assert run(*keys, "training.steps=3") == 0
+    out = capsys.readouterr().out
+    line = "dino.pth: 30 tensors loaded, pos_embed resampled from 4x4 to 2x2, 2 left fresh (head.weight, head.bias)"
+    assert f"{line}, 1 ignored (module.head.mlp.0.bias)\nwarning: no state dict tells data.mean and data.std; " in out
+    end, start = ckpt("tiny")["model"], other.state_dict()
+    assert torch.equal(end["blocks.0.mlp.fc1.weight"], start["blocks.0.mlp.fc1.weight"])
+    assert 0 < (end["blocks.1.mlp.fc1.weight"] - start["blocks.1.mlp.fc1.weight"]).abs().max() < 0.01
 
 
 # --- It learns --------------------------------------------------------------------------------------------------------
