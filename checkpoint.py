@@ -113,7 +113,7 @@ VARIANTS = {  # what other ViTs have under timm's names and this one has not: pa
     r"reg_token|register_tokens|storage_tokens": "register tokens",
     r"fc_norm\.": "a norm after pooling over the patches (MAE's fine-tuned and timm's global-pool models)",
     r"pre_logits\.": "a layer between norm and head",
-    r".*\.(ls[12]\.|gamma)": "layer scale",
+    r".*\.(ls[12]\.|gamma_)": "layer scale",
     r".*\.[qk]_norm\.": "norms of queries and keys",
     r".*(rel_pos|relative_position)": "relative position biases",
     r"(.*\.)?rope": "rotary positions",
@@ -190,9 +190,7 @@ def check_kind(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None
     )
     differing = [f"model.{key}" for key, differs in keys if differs]
     if differing:
-        heads = (
-            " (and model.num_heads: no tensor tells it, published ViTs have embed_dim / 64)" if dim != own_dim else ""
-        )
+        heads = " (and model.num_heads: no tensor tells it; ViT-Ti to L have embed_dim / 64)" if dim != own_dim else ""
         raise InputError(f"is a ViT of another size: set {' '.join(differing)}{heads}")
 
 

@@ -308,7 +308,9 @@ class Code:
 DAMAGED = "not a checkpoint that can be read (damaged, or more than tensors and plain values)"
 
 
-@pytest.mark.parametrize("kind", ["truncated", "empty", "garbage", "text", "code", "bare pickle with code", "flipped"])
+@pytest.mark.parametrize(
+    "kind", ["truncated", "empty", "garbage", "text", "code", "code in options", "bare pickle with code", "flipped"]
+)
 def test_damaged_files(tmp_path, kind):
     """One line, the same from every reader, and no code was run."""
     path, marker = tmp_path / "step_000001.pt", tmp_path / "the code was run"
@@ -316,6 +318,8 @@ def test_damaged_files(tmp_path, kind):
     data = path.read_bytes()
     if kind == "code":
         torch.save(state(1) | {"extra": Code(marker)}, path)
+    elif kind == "code in options":
+        torch.save(state(1) | {"args": argparse.Namespace(lr=1.0, extra=Code(marker))}, path)
     elif kind == "bare pickle with code":
         path.write_bytes(pickle.dumps(state(1) | {"extra": Code(marker)}))
     else:
@@ -764,12 +768,12 @@ def test_a_packed_gated_mlp_is_refused(tmp_path):
         ({"patch_size": 8, "depth": 12}, "model.patch_size=8 model.depth=12"),
         (
             {"embed_dim": 12},
-            "model.embed_dim=12 (and model.num_heads: no tensor tells it, published ViTs have embed_dim / 64)",
+            "model.embed_dim=12 (and model.num_heads: no tensor tells it; ViT-Ti to L have embed_dim / 64)",
         ),
         (
             {"embed_dim": 48, "mlp_ratio": 49 / 48},
             "model.embed_dim=48 model.mlp_ratio=1.0208333333333333 "
-            "(and model.num_heads: no tensor tells it, published ViTs have embed_dim / 64)",
+            "(and model.num_heads: no tensor tells it; ViT-Ti to L have embed_dim / 64)",
         ),
     ],
 )

@@ -6,11 +6,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import experiments
 from config import SCHEMA, check, parse_override, read_yaml
 from train import parse
+from vit_model import VisionTransformer
 
 README = Path("README.md").read_text(encoding="utf-8")
 
@@ -43,6 +45,19 @@ def test_the_commands_are_valid(argv):
     args = parse(argv) if "--help" not in argv else None
     if args:
         check((args.config, read_yaml(args.config)), ("README", dict(map(parse_override, args.overrides))))
+
+
+def test_the_sizes_are_those_of_the_models():
+    """Each row is a model that can be built and has as many parameters as it says, at 224 x 224 with 1000 classes."""
+    rows = re.findall(r"^\| ViT-(\w+) \| (\d+) \| (\d+) \| (\d+) \| (\d+).* \| ([\d.]+) M \|$", README, re.M)
+    assert [row[0] for row in rows] == ["Ti", "S", "B", "L"]
+    for name, embed_dim, depth, num_heads, patch_size, millions in rows:
+        sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "patch_size": patch_size}
+        sizes = {key: int(value) for key, value in sizes.items()}
+        check(("README", {f"model.{key}": value for key, value in sizes.items()}))
+        with torch.device("meta"):
+            model = VisionTransformer(**sizes, num_classes=1000)
+        assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}" == millions, name
 
 
 def test_links_lead_somewhere():
