@@ -611,6 +611,24 @@ def test_resampling_positions():
         assert relative_error(found[:, 1:], smooth_positions(grid)[:, 1:]) < 0.05
 
 
+def test_resampling_positions_is_bicubic_and_antialiased():
+    """Keys' cubic reproduces a parabola away from the border; a chequerboard shrinks to its mean, not to some of it."""
+
+    def resample(function, old: int, new: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """[new, new]: resampled from the old grid, and the function itself."""
+        values = []
+        for grid in (old, new):
+            x = (torch.arange(grid) + 0.5) / grid
+            values.append(function(*torch.meshgrid(x, x, indexing="ij")))
+        positions = torch.cat([torch.zeros(1), values[0].flatten()]).view(1, -1, 1)
+        return resample_positions(positions, new)[0, 1:, 0].view(new, new), values[1]
+
+    found, expected = resample(lambda y, x: 3 * x * x - 2 * y * y + x * y, 14, 16)
+    torch.testing.assert_close(found[3:-3, 3:-3], expected[3:-3, 3:-3], atol=1e-5, rtol=0)
+    found, _ = resample(lambda y, x: ((x * 15).floor() + (y * 15).floor()) % 2, 15, 5)
+    assert (found[1:-1, 1:-1] - 0.5).abs().max() < 0.1
+
+
 def test_resampling_positions_keeps_rows_and_columns_apart():
     """A ramp from left to right stays one: no transposition of the grid, no mix of positions and features."""
     ramp = torch.arange(8.0).repeat(8, 1)
