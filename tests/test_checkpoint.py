@@ -707,6 +707,10 @@ POSITIONS = "pos_embed has {} entries, not those of a class token and a square g
         ),
         (put("patch_embed.proj.weight", lambda w: w[:, :1]),)
         + ("patch_embed.proj.weight has the shape [16, 1, 4, 4], the configured model's is [16, 3, 4, 4]",),
+        (lambda weights: put("patch_embed.proj.weight", lambda w: w[:, :1])(changed(tiny(depth=3))),)
+        + ("patch_embed.proj.weight has the shape [16, 1, 4, 4], the configured model's is [16, 3, 4, 4]",),
+        (put("patch_embed.proj.weight", lambda w: w[..., :2]),)
+        + ("patch_embed.proj.weight has the shape [16, 3, 4, 2], the configured model's is [16, 3, 4, 4]",),
         (put("patch_embed.proj.weight", lambda w: w.flatten(1)),)
         + ("patch_embed.proj.weight has the shape [16, 48], the configured model's is [16, 3, 4, 4]",),
         (put("patch_embed.proj.weight", lambda w: w[:0]),)
