@@ -2,6 +2,7 @@
 
     uv run bench.py                          # config.yaml and config_digits.yaml, under five minutes on 2 cores
     uv run bench.py --config my.yaml
+    uv run bench.py --tasks                  # the step of config_segmentation.yaml and config_detection.yaml
 
 On the CPU in float32, best with nothing else running. The ratios are of wall-clock times of A, B, A, B, ... in one
 process, pair by pair. Figures that no config changes the meaning of are measured on the first config.
@@ -27,12 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.utils import flop_counter
+from torch.utils.data import Dataset
 
 import train
 from config import check, read_yaml
 from data_types import InputError, TensorMiniBatch
-from grpo import keyed_rng
-from vision_task import VisionClassificationDataset, prepare, stream_batches
+from grpo import keyed_rng, mean_counted
+from vision_task import prepare, stream_batches
 
 CPU = torch.device("cpu")
 GRPO = {  # what the ratios are about, whatever else the config asks for
@@ -102,11 +104,15 @@ def some_live(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict)
     return alternating * (metadata["indices"] % LIVE_EVERY == 0)[:, None, None].float()
 
 
+def open_dataset(config: dict) -> Dataset:
+    return train.TASKS[config["task"]].open_dataset(config["data"]["train_dir"], config, None)
+
+
 def load_images(config: dict, count: int) -> TensorMiniBatch:
     """The first `count` training images, uint8; decoded into their place, so that memory sees the batch once."""
-    dataset = VisionClassificationDataset(config["data"]["train_dir"], config["model"]["image_size"])
+    dataset = open_dataset(config)
     indices = torch.arange(count) % len(dataset)
-    images = torch.empty(count, 3, dataset.image_size, dataset.image_size, dtype=torch.uint8)
+    images = torch.empty(count, dataset.channels, dataset.image_size, dataset.image_size, dtype=torch.uint8)
     for image, i in zip(images, indices.tolist()):
         image.copy_(dataset[i])
     return dataset.batch(indices, images)
@@ -115,7 +121,7 @@ def load_images(config: dict, count: int) -> TensorMiniBatch:
 def build(config: dict) -> Setup:
     """What `train.py` has before the first step, but a learning rate of 0: that changes no arithmetic, and the model
     stays untrained, so that live groups stay live."""
-    classes = VisionClassificationDataset(config["data"]["train_dir"], config["model"]["image_size"]).classes
+    classes = open_dataset(config).classes
     training = SimpleNamespace(**config["training"])
     model = train.build_model(config, len(classes), CPU)
     reference = copy.deepcopy(model).requires_grad_(False) if training.kl_coef else None
@@ -141,11 +147,20 @@ def grpo_step(s: Setup, step: int = 0, keep_graph: bool = True) -> dict[str, Ten
 
 
 def plain_step(s: Setup, inputs: Tensor, masks: dict[str, Tensor] | None) -> None:
-    """Forward, cross-entropy, backward, AdamW; on the deterministic network without masks."""
-    logits = s.model(inputs, masks)  # [B, T, K], or [B, K]
-    logits = logits.view(len(inputs), -1, logits.shape[-1])
-    targets = s.batch.targets[:, None].expand(logits.shape[:2])
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    """Forward, cross-entropy (of boxes the supervised loss), backward, AdamW; on the deterministic network without
+    masks."""
+    task = train.TASKS[s.config["task"]]
+    outputs = s.model(inputs, masks)  # [B, T, …], or [B, …] without masks
+    outputs = outputs if masks else outputs.unsqueeze(1)
+    targets = s.batch.targets[:, None, None].expand(-1, outputs.shape[1], *[-1] * s.batch.targets.ndim)
+    if s.config["task"] == "detection":
+        policy = task.policy_adapter(s.config, 0.0)(outputs)
+        loss = mean_counted(task.supervised_loss(s.config)(policy, targets), s.batch.counted)
+    else:
+        if s.config["task"] == "segmentation":
+            outputs = task.unpatchify(outputs, s.config["model"]["patch_size"])
+            targets = targets.where(s.batch.counted[:, None, None], -100)  # what cross_entropy ignores
+        loss = F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
     s.optimizer.zero_grad()
     loss.backward()
     s.optimizer.step()
@@ -202,6 +217,14 @@ def step_over_plain(path: str, budget: float) -> list[Row]:
     return [
         Row(f"GRPO step ÷ plain step under the same masks, {path}, {shares[step]:.0%} of groups live", values, 1.10)
     ]
+
+
+def task_step_over_plain(path: str, overrides: dict, what: str, at_most: float | None, budget: float) -> list[Row]:
+    """The whole step of a mask or box config ÷ a plain supervised step under the same masks."""
+    s = build_with_images(path, overrides)
+    inputs, masks = prepared(s, 0)
+    values = ratios(lambda: grpo_step(s, 0), lambda: plain_step(s, inputs, masks), budget)
+    return [Row(f"GRPO step ÷ plain step under the same masks, {path}, {what}", values, at_most)]
 
 
 def trunk_once(path: str, budget: float) -> list[Row]:
@@ -279,7 +302,7 @@ def data_wait(path: str, windows: int = 3, steps: int = 10) -> list[Row]:
     """Share of the time spent waiting for data after the first epoch, in windows of steps, 1 worker."""
     s = build(configure(path, {"data.num_workers": 1}))
     data, training = SimpleNamespace(**s.config["data"]), SimpleNamespace(**s.config["training"])
-    dataset = VisionClassificationDataset(data.train_dir, s.config["model"]["image_size"])
+    dataset = open_dataset(s.config)
 
     order = partial(train.epoch_order, seed=training.seed, size=len(dataset))
     cache, _ = train.keep_decoded(data, dataset)  # train.py adds the evaluation set
@@ -335,11 +358,26 @@ def speed(path: str, budget: float, at_least: float | None, size: int = 2048) ->
     ]
 
 
+def task_figures(budget: float) -> list[Callable[[], list[Row]]]:
+    """The steps of masks and boxes; two classes and A = 4 have a bound."""
+    two = {"rollout.actions_per_sample": 4}
+    masks, boxes = "config_segmentation.yaml", "config_detection.yaml"
+    return [
+        lambda: task_step_over_plain(masks, two, "two classes, A = 4", 1.25, budget),
+        lambda: task_step_over_plain(masks, {}, "as shipped", None, budget),
+        lambda: task_step_over_plain(boxes, {"rollout.actions_per_sample": 4}, "A = 4", None, budget),
+        lambda: task_step_over_plain(boxes, {}, "as shipped", None, budget),
+        lambda: speed(masks, budget, None),
+        lambda: speed(boxes, budget, None),
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", nargs="+", default=["config.yaml", "config_digits.yaml"], metavar="FILE")
+    parser.add_argument("--tasks", action="store_true", help="masks and boxes instead (data/scenes has to be there)")
     parser.add_argument("--seconds", type=float, default=15, help="of repetitions for each figure (15)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch's (all cores)")
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)  # how `memory` starts itself
@@ -356,15 +394,20 @@ def main(argv: list[str] | None = None) -> int:
             configure(path, {})
         begin = time.perf_counter()
         print(HEADER, flush=True)
-        for figure in (
-            *(lambda path=path: step_over_plain(path, args.seconds) for path in args.config),
-            lambda: trunk_once(first, args.seconds),
-            lambda: mostly_dead(first, args.seconds),
-            lambda: actions_are_free(first, args.seconds),
-            lambda: memory(first, args.threads),
-            lambda: data_wait(first),
-            *(lambda path=path: speed(path, args.seconds, 0.5 if path == first else None) for path in args.config),
-        ):
+        figures = (
+            task_figures(args.seconds)
+            if args.tasks
+            else (
+                *(lambda path=path: step_over_plain(path, args.seconds) for path in args.config),
+                lambda: trunk_once(first, args.seconds),
+                lambda: mostly_dead(first, args.seconds),
+                lambda: actions_are_free(first, args.seconds),
+                lambda: memory(first, args.threads),
+                lambda: data_wait(first),
+                *(lambda path=path: speed(path, args.seconds, 0.5 if path == first else None) for path in args.config),
+            )
+        )
+        for figure in figures:
             for row in figure():
                 print(row, flush=True)
     except InputError as error:

@@ -81,7 +81,8 @@ class Episode:
     rewards: [B, T, A], one score per action, or [B, T, A, E…], one per element.
     advantages: [B, T, A] or [B, T, A, E…].
     metadata: `predicted`, [B, T, E…], the mode of each pass (the predicted class index); `targets`, [B, …];
-        `reward_terms`, name -> that reward by itself, before weights; `paths`, `indices` and the rest of the batch's.
+        `reward_terms`, name -> that reward by itself, before weights; `entropy`, [B, T, E…], of the policy; `paths`,
+        `indices` and the rest of the batch's.
     policy: the distribution itself, batch shape [B, T, E…]; None once detached.
     counted: [B, E…] bool, the elements that count; None: all.
     """

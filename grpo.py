@@ -214,15 +214,18 @@ def rollout(
         outputs = model(batch.inputs, masks)  # [B, T, …]
         policy = policy_adapter(outputs)  # batch shape [B, T, E…]
         with torch.no_grad():
+            drawn_from = policy_adapter(outputs.nan_to_num())  # NaN cannot be drawn from; the loss will tell of it
             if action == "sample":
-                with keyed_rng(seed, step, "actions", index):  # NaN cannot be drawn from; the loss will tell of it
-                    actions = sample_actions(policy_adapter(outputs.nan_to_num()), actions_per_sample)  # [B, T, A, E…]
+                with keyed_rng(seed, step, "actions", index):
+                    actions = sample_actions(drawn_from, actions_per_sample)  # [B, T, A, E…]
             else:
-                actions = policy.mode.unsqueeze(2)  # [B, T, 1, E…]
+                actions = drawn_from.mode.unsqueeze(2)  # [B, T, 1, E…]
             shape = actions.shape[:3] + policy.batch_shape[2:]  # [B, T, A, E…]
             total, advantages, terms = score(rewards, actions, outputs.detach(), batch, shape, advantage)
+            entropy = drawn_from.entropy()  # here, where the probabilities are at hand
         log_probs = action_log_prob(policy, actions)
-    metadata = batch.metadata | {"targets": batch.targets, "predicted": policy.mode.detach(), "reward_terms": terms}
+    metadata = batch.metadata | {"targets": batch.targets, "predicted": drawn_from.mode, "reward_terms": terms}
+    metadata["entropy"] = entropy
     return Episode(batch.inputs, masks, actions, log_probs, total, advantages, metadata, policy, batch.counted)
 
 
@@ -411,7 +414,7 @@ def update_policy(
                 "reward/mean": group_rewards[-1].mean(),
                 "reward/std": mean_per_image(rewards.std((1, 2), correction=0), counted).mean(),
                 "groups/live": live_groups(episode.advantages).to(rewards.dtype).mean(),
-                "policy/entropy": mean_per_image(episode.policy.entropy(), episode.counted).mean(),
+                "policy/entropy": mean_per_image(episode.metadata["entropy"], episode.counted).mean(),
             }
             for name, term in episode.metadata["reward_terms"].items():
                 log[f"reward/{name}"] = mean_per_image(term, episode.counted if term.shape == shape else None).mean()

@@ -233,28 +233,28 @@ def mask_iou_credit(actions: Tensor, outputs: Tensor, targets: Tensor, metadata:
     Leaving class c changes its IoU = I / U by rem(c), joining it by add(c); with n classes present and 0 for a class
     that is not, A = -[(1 - π(a)) rem(a) + Σ_{k≠a} π(k) add(k)] / n.
     """
-    probs = mask_policy_adapter(outputs).probs.flatten(2, 3)  # [B, T, HW, K]
+    probs = mask_policy_adapter(outputs).logits.exp().flatten(2, 3)  # [B, T, HW, K]; softmax is slow over small K
     counts = counts_of(actions, outputs, targets, metadata)
     intersection, predicted, true = (count.to(probs.dtype) for count in counts)  # [B, T, A, K]
     union = predicted + true - intersection
     weight = (true > 0).to(probs.dtype) / (true > 0).sum(-1, keepdim=True).clamp(min=1)  # w_c / n
-    # (I - 1) / U - I / U and so on, written without the cancellation. A pixel of truth c (right), or of another.
-    rem_right, add_right = -weight / union.clamp(min=1), weight / union.clamp(min=1)
+    # (I - 1) / U - I / U and so on, written without the cancellation; the pixel's truth is c (right) or not (wrong).
+    right = weight / union.clamp(min=1)  # add(c) = 1 / U, and rem(c) = -1 / U
     rem_wrong = weight * intersection / (union * (union - 1)).clamp(min=1)
     add_wrong = -weight * intersection / (union * (union + 1)).clamp(min=1)
+    rem, add = torch.cat([rem_wrong, -right], -1), torch.cat([add_wrong, right], -1)  # [B, T, A, 2K], by c + K · right
 
     chosen, truth = (
         actions.flatten(3),
         targets.flatten(1)[:, None, None].expand(*actions.shape[:3], -1),
     )  # [B, T, A, HW]
+    case = chosen + probs.shape[-1] * (chosen == truth)
+    prob_truth = probs.gather(-1, truth[:, :, 0, :, None])[..., 0].unsqueeze(2)  # [B, T, 1, HW]
+    probs_of_all = probs[:, :, None].expand(*chosen.shape, -1)  # [B, T, A, HW, K], a view
+    prob_chosen = probs_of_all.gather(-1, chosen[..., None])[..., 0]
     joined = torch.einsum("btpk,btak->btap", probs, add_wrong)  # Σ_k π(k) add(k), were no class the truth
-    probs = probs[:, :, None].expand(*probs.shape[:2], chosen.shape[2], *probs.shape[2:])  # [B, T, A, HW, K], a view
-    prob_chosen, prob_truth = (probs.gather(-1, index[..., None])[..., 0] for index in (chosen, truth))
-    right = chosen == truth
-    joined = joined + prob_truth * (add_right - add_wrong).gather(-1, truth)
-    joined = joined - prob_chosen * torch.where(right, add_right.gather(-1, chosen), add_wrong.gather(-1, chosen))
-    left = torch.where(right, rem_right.gather(-1, chosen), rem_wrong.gather(-1, chosen))
-    advantages = -((1 - prob_chosen) * left + joined)
+    joined = joined + prob_truth * (right - add_wrong).gather(-1, truth) - prob_chosen * add.gather(-1, case)
+    advantages = -((1 - prob_chosen) * rem.gather(-1, case) + joined)
     return Credit(advantages.view(actions.shape), mean_iou(*counts))
 
 

@@ -80,7 +80,7 @@ def gradient_of(model, loss) -> torch.Tensor:
 def with_graph(model, part: Episode) -> Episode:
     """An episode's forward pass made anew, under its own masks and for its own actions."""
     policy = classification_policy_adapter(model(part.inputs, part.masks))
-    terms = {"targets": part.metadata["targets"], "reward_terms": {}}
+    terms = {"targets": part.metadata["targets"], "reward_terms": {}, "entropy": policy.entropy().detach()}
     return replace(part, policy=policy, log_probs=action_log_prob(policy, part.actions), metadata=terms)
 
 
@@ -888,7 +888,7 @@ def test_with_elements_too_micro_batches_and_replays_give_the_batchs_gradient(op
         for part in parts:
             policy = patch_adapter(model(part.inputs, part.masks))
             log_probs = action_log_prob(policy, part.actions)
-            metadata = {"targets": part.metadata["targets"], "reward_terms": {}}
+            metadata = {"targets": part.metadata["targets"], "reward_terms": {}, "entropy": policy.entropy()}
             log_probs = log_probs if keep_graph else log_probs.detach()
             episodes.append(replace(part, policy=policy, log_probs=log_probs, metadata=metadata))
         gradient, metrics = element_update(model, episodes, micro_batch_size=size, **options)
