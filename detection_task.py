@@ -198,7 +198,7 @@ def encode(
     low, high = boxes[:, :, None, :2] / patch_size, boxes[:, :, None, 2:] / patch_size  # [B, M, 1, 2]
     middle, size = (low + high) / 2, high - low
     real = (labels >= 0) & (size > 0).all(-1)[..., 0]  # [B, M]
-    near = ((centres - middle).abs() <= (size / 4).clamp(min=0.5)).all(-1)  # [B, M, P]
+    near = ((centres - middle).abs() <= (size * 0.375).clamp(min=0.5)).all(-1)  # [B, M, P]
     area = size.prod(-1).masked_fill(~(near & (real & ~crowd)[..., None]), torch.inf)  # [B, M, P]
     smallest, owner = area.min(1)  # [B, P]
     assigned = smallest < torch.inf

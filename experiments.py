@@ -1,13 +1,16 @@
-"""Compares what learns on the bundled digits, over five seeds: supervised, `grpo`, `rloo`, `maxrl`, argmax actions; and
-then label against reward where mistakes differ in cost.
+"""Compares what learns, over seeds, on the bundled digits and on the scenes made of them.
 
-    uv run experiments.py             # about half an hour on 2 cores; what is done already is not run again
+    uv run experiments.py                # the digits: about half an hour on 2 cores
+    uv run experiments.py segmentation   # the scenes' masks (first: uv run data/make_scenes.py), MM minutes
+    uv run experiments.py detection      # the scenes' boxes, MM minutes
 
-Every run is `train.py --config config_digits.yaml` with overrides: same model, T, dropout and steps. The learning rate
-of each method is chosen from one grid on a hold-out of data/train (every fifth image of a class, two seeds); figures
-are those of the last step. Writes the results into README.md, between its markers, and learning_curves.png.
+Every run is `train.py` with the task's shipped config and overrides: same model, T, dropout and steps for all. The
+learning rate of each method is chosen from one grid on a hold-out of the training set (every fifth image); figures are
+those of the last step. What is done already is not run again. Writes the results into README.md, between its markers,
+and for the digits learning_curves.png.
 """
 
+import argparse
 import itertools
 import json
 import math
@@ -17,6 +20,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,13 +28,29 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from checkpoint import load_checkpoint
+from config import read_yaml
 from train import build_model, evaluate
 from vision_task import VisionClassificationDataset, ordered_batches
 
 ROOT = Path("experiments")
-SEEDS = range(5)
-LEARNING_RATES = (5e-4, 1e-3, 2e-3)
-SELECTION_SEEDS = range(2)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One data set with its config. prefix: of the runs' names. figure: the eval figure that is compared; sign: 1 if
+    high is good, -1 if low."""
+
+    config: str
+    prefix: str
+    figure: str
+    sign: int
+    seeds: range
+    selection_seeds: range
+    rates: tuple[float, ...]
+    eval_interval: int
+
+
+DIGITS = Study("config_digits.yaml", "", "accuracy", 1, range(5), range(2), (5e-4, 1e-3, 2e-3), 25)
 METHODS = {
     "supervised": ["training.objective=supervised"],
     "grpo": ["rollout.advantage=grpo"],
@@ -38,11 +58,30 @@ METHODS = {
     "maxrl": ["rollout.advantage=maxrl"],
     "argmax": ["rollout.action=argmax", "rollout.advantage=grpo"],
 }
-TUNING_STEPS = 500
+COST = Study("config_digits.yaml", "", "cost", -1, range(5), range(2), (5e-4, 1e-3, 2e-3), 25)
 TUNING_METHODS = {  # both start from the supervised run of the same seed
     "label": ["training.objective=supervised"],
     "cost": ["rollout.reward=experiments.py:cheque_reward", "rollout.advantage=rloo", "training.entropy_coef=0.03"],
 }
+COST_STEPS = 500
+
+MASKS = Study("config_segmentation.yaml", "segmentation-", "mean_iou", 1, range(3), range(1), (1e-3, 2e-3, 4e-3), 100)
+MASK_METHODS = {
+    "supervised": ["training.objective=supervised"],
+    "pixel_reward": ["rollout.reward=pixel_reward", "training.entropy_coef=0"],
+    "mask_iou_credit": [],
+}
+MASK_TUNING = {"label": MASK_METHODS["supervised"], "mask_iou_credit": []}
+MASK_STEPS = 300
+
+BOXES = Study("config_detection.yaml", "detection-", "map", 1, range(3), range(1), (1e-3, 2e-3, 4e-3), 400)
+BOX_METHODS = {
+    "supervised-log_prob": ["training.objective=supervised", "detection.supervised_loss=log_prob"],
+    "supervised-iou": ["training.objective=supervised", "detection.supervised_loss=iou"],
+    "detection_reward": [],
+}
+BOX_TUNING = {"label": BOX_METHODS["supervised-iou"], "detection_reward": ["detection.box_std=0.2"]}
+BOX_STEPS = 400
 
 
 def cheque_cost(predicted: Tensor, targets: Tensor) -> Tensor:
@@ -58,14 +97,26 @@ def cheque_reward(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: d
 # --- One run ----------------------------------------------------------------------------------------------------------
 
 
-def hold_out() -> list[str]:
-    """data/train split once more, every fifth image of a class to evaluate on; the overrides that use it."""
-    for folder in sorted(Path("data/train").iterdir()):
+def hold_out(train_dir: Path) -> list[str]:
+    """The training folder split once more, every fifth image (of a class) to evaluate on; the overrides that use it."""
+    target = [ROOT / f"holdout_{'_'.join(train_dir.parts)}_{part}" for part in ("train", "eval")]
+    place = {}  # file stem -> which part
+    for folder in sorted(path for path in train_dir.iterdir() if path.is_dir()):
         for i, image in enumerate(sorted(folder.iterdir())):
-            target = ROOT / ("holdout_eval" if i % 5 == 0 else "holdout_train") / folder.name / image.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(image, target)
-    return [f"data.train_dir={ROOT}/holdout_train", f"data.eval_dir={ROOT}/holdout_eval"]
+            part = place[image.name] = int(i % 5 == 0)
+            copy = target[part] / folder.name / image.name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(image, copy)
+    for part in range(2):
+        if (train_dir / "classes.txt").exists():
+            shutil.copyfile(train_dir / "classes.txt", target[part] / "classes.txt")
+        if (train_dir / "annotations.json").exists():
+            coco = json.loads((train_dir / "annotations.json").read_text())
+            images = [row for row in coco["images"] if place[row["file_name"]] == part]
+            kept = {row["id"] for row in images}
+            rows = [row for row in coco["annotations"] if row["image_id"] in kept]
+            (target[part] / "annotations.json").write_text(json.dumps(coco | {"images": images, "annotations": rows}))
+    return [f"data.train_dir={target[0]}", f"data.eval_dir={target[1]}"]
 
 
 def mean_cost(checkpoint: Path) -> float:
@@ -80,69 +131,78 @@ def mean_cost(checkpoint: Path) -> float:
     return float(cheque_cost(deterministic.argmax(-1), targets).mean())
 
 
-def run(job: tuple[str, list[str]]) -> dict:
+def run(study: Study, name: str, overrides: list[str]) -> dict:
     """Train on one thread unless done before; the figures of the last step, the curve and the wall-clock seconds."""
-    name, overrides = job
     result = ROOT / f"{name}.json"
     if result.exists():
         return json.loads(result.read_text())
     for folder in (ROOT / "ckpt" / name, ROOT / "logs" / name):
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off: its wall-clock would mean nothing
-    command = [sys.executable, "train.py", "--config", "config_digits.yaml", *overrides, f"training.run_name={name}"]
-    command += [f"training.ckpt_dir={ROOT}/ckpt", f"training.log_dir={ROOT}/logs", "training.eval_interval=25"]
+    command = [sys.executable, "train.py", "--config", study.config, *overrides, f"training.run_name={name}"]
+    command += [f"training.ckpt_dir={ROOT}/ckpt", f"training.log_dir={ROOT}/logs"]
+    command += [f"training.eval_interval={study.eval_interval}"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     events = EventAccumulator(str(ROOT / "logs" / name)).Reload()
     begin = events.Scalars("reward/mean")[0].wall_time  # of step 1: start-up does not count
-    curve = [(point.step, point.wall_time - begin, point.value) for point in events.Scalars("eval/accuracy")]
-    figures = {key: events.Scalars(f"eval/{key}")[-1].value for key in ("accuracy", "nll", "ece")}
-    figures |= {"seconds": curve[-1][1], "curve": curve, "cost": mean_cost(ROOT / "ckpt" / name)}
+    keys = [tag.removeprefix("eval/") for tag in events.Tags()["scalars"] if tag.startswith("eval/")]
+    figures = {key: events.Scalars(f"eval/{key}")[-1].value for key in keys}
+    if "accuracy" in figures:
+        figures["cost"] = mean_cost(ROOT / "ckpt" / name)
+    tag = "eval/accuracy" if study.figure == "cost" else f"eval/{study.figure}"
+    curve = [(point.step, point.wall_time - begin, point.value) for point in events.Scalars(tag)]
+    figures |= {"seconds": curve[-1][1], "curve": curve}
     result.write_text(json.dumps(figures))
-    print(
-        f"{name}: accuracy {figures['accuracy']:.4f} cost {figures['cost']:.3f}, {figures['seconds']:.0f} s", flush=True
-    )
+    print(f"{name}: {study.figure} {figures[study.figure]:.4f}, {figures['seconds']:.0f} s", flush=True)
     return figures
 
 
-def run_all(jobs: dict[tuple, tuple[str, list[str]]]) -> dict[tuple, dict]:
-    """All jobs, as many at a time as there are cores, each on one thread."""
+def run_all(study: Study, jobs: dict[tuple, tuple[str, list[str]]]) -> dict[tuple, dict]:
+    """All jobs, (name, overrides), as many at a time as there are cores, each on one thread."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(jobs, pool.map(run, jobs.values())))
+        return dict(zip(jobs, pool.map(lambda job: run(study, *job), jobs.values())))
 
 
 # --- All runs ---------------------------------------------------------------------------------------------------------
 
 
-def choose_rates(methods: dict[str, list[str]], figure: str, sign: int, start: str | None = None) -> dict[str, float]:
-    """The learning rate of each method with the best mean `figure` on the hold-out; sign 1: the highest is best."""
-    split, jobs = hold_out(), {}
-    for seed, rate, method in itertools.product(SELECTION_SEEDS, LEARNING_RATES, methods):
+def choose_rates(
+    study: Study, methods: dict[str, list[str]], start: str | None = None, steps: int | None = None
+) -> dict[str, float]:
+    """The learning rate of each method with the best mean figure on the hold-out."""
+    split, jobs = hold_out(Path(read_yaml(study.config)["data.train_dir"])), {}
+    for seed, rate, method in itertools.product(study.selection_seeds, study.rates, methods):
         overrides = [*methods[method], *split, f"training.learning_rate={rate}", f"training.seed={seed}"]
-        jobs[method, rate, seed] = f"holdout-{method}-{rate}-{seed}", overrides + start_from(start, seed)
-    results = run_all(jobs)
+        name = f"holdout-{study.prefix}{method}-{rate}-{seed}"
+        jobs[method, rate, seed] = name, overrides + start_from(start, seed, steps)
+    results = run_all(study, jobs)
 
     def score(method: str, rate: float) -> float:
-        return sign * statistics.mean(results[method, rate, seed][figure] for seed in SELECTION_SEEDS)
+        return study.sign * statistics.mean(results[method, rate, s][study.figure] for s in study.selection_seeds)
 
-    return {method: max(LEARNING_RATES, key=lambda rate, m=method: score(m, rate)) for method in methods}
+    return {method: max(study.rates, key=lambda rate, m=method: score(m, rate)) for method in methods}
 
 
 def run_seeds(
-    methods: dict[str, list[str]], rates: dict[str, float], start: str | None = None
+    study: Study,
+    methods: dict[str, list[str]],
+    rates: dict[str, float],
+    start: str | None = None,
+    steps: int | None = None,
 ) -> dict[str, list[dict]]:
-    """Each method over the seeds on all of data/train: its results, one per seed."""
+    """Each method over the seeds on the whole training set: its results, one per seed."""
     jobs = {}
-    for seed, method in itertools.product(SEEDS, methods):
+    for seed, method in itertools.product(study.seeds, methods):
         overrides = [*methods[method], f"training.learning_rate={rates[method]}", f"training.seed={seed}"]
-        jobs[method, seed] = f"{method}-{seed}", overrides + start_from(start, seed)
-    results = run_all(jobs)
-    return {method: [results[method, seed] for seed in SEEDS] for method in methods}
+        jobs[method, seed] = f"{study.prefix}{method}-{seed}", overrides + start_from(start, seed, steps)
+    results = run_all(study, jobs)
+    return {method: [results[method, seed] for seed in study.seeds] for method in methods}
 
 
-def start_from(run_name: str | None, seed: int) -> list[str]:
-    """The overrides that go on from the last checkpoint of an earlier run of the same seed."""
+def start_from(run_name: str | None, seed: int, steps: int | None) -> list[str]:
+    """The overrides that go on for some steps from the last checkpoint of an earlier run of the same seed."""
     if run_name is None:
         return []
-    return [f"model.checkpoint_path={ROOT}/ckpt/{run_name}-{seed}/last.pt", f"training.steps={TUNING_STEPS}"]
+    return [f"model.checkpoint_path={ROOT}/ckpt/{run_name}-{seed}/last.pt", f"training.steps={steps}"]
 
 
 def mean_std(results: list[dict], key: str) -> str:
@@ -201,21 +261,69 @@ def write_between(path: Path, marker: str, text: str) -> None:
     path.write_text(f"{before}<!-- {marker} -->\n{text}\n<!-- /{marker} -->{after}", encoding="utf-8")
 
 
-def main() -> None:
-    ROOT.mkdir(exist_ok=True)
-    rates = choose_rates(METHODS, "accuracy", 1)
-    results = run_seeds(METHODS, rates)
+def digits() -> None:
+    """The tables of the digits, the learning curves, and label against cost."""
+    rates = choose_rates(DIGITS, METHODS)
+    results = run_seeds(DIGITS, METHODS, rates)
     draw_curves(results, "learning_curves.png")
     write_between(Path("README.md"), "results", table(rates, results))
-
-    tuning_rates = choose_rates(TUNING_METHODS, "cost", -1, start=f"holdout-supervised-{rates['supervised']}")
+    start = f"holdout-supervised-{rates['supervised']}"
+    tuning_rates = choose_rates(COST, TUNING_METHODS, start, COST_STEPS)
     tuning = {"supervised, where both start": results["supervised"]}
-    tuning |= run_seeds(TUNING_METHODS, tuning_rates, start="supervised")
-    lines = ["| trained by | learning rate | mean cost | eval accuracy |", "|---|---|---|---|"]
-    for method, runs in tuning.items():
-        rate = tuning_rates.get(method, rates["supervised"])
-        lines.append(f"| {method} | {rate:g} | {mean_std(runs, 'cost')} | {mean_std(runs, 'accuracy')} |")
-    write_between(Path("README.md"), "cost", "\n".join(lines))
+    tuning |= run_seeds(COST, TUNING_METHODS, tuning_rates, "supervised", COST_STEPS)
+    columns = {"cost": "mean cost", "accuracy": "eval accuracy"}
+    rates |= tuning_rates | {"supervised, where both start": rates["supervised"]}
+    write_between(Path("README.md"), "cost", figures_table(rates, tuning, columns))
+
+
+def figures_table(rates: dict[str, float], results: dict[str, list[dict]], columns: dict[str, str]) -> str:
+    """Mean and standard deviation over the seeds; columns: figure -> its heading."""
+    lines = [f"| trained by | learning rate | {' | '.join(columns.values())} |", "|---" * (2 + len(columns)) + "|"]
+    for method, runs in results.items():
+        figures = " | ".join(mean_std(runs, key) for key in columns)
+        lines.append(f"| {method} | {rates[method]:g} | {figures} |")
+    return "\n".join(lines)
+
+
+def scenes(
+    study: Study,
+    methods: dict[str, list[str]],
+    tuning_methods: dict[str, list[str]],
+    start: str,
+    steps: int,
+    columns: dict[str, str],
+    marker: str,
+) -> None:
+    """Methods from scratch, then tuning the checkpoints of method `start` for `steps` further steps."""
+    rates = choose_rates(study, methods)
+    results = run_seeds(study, methods, rates)
+    write_between(Path("README.md"), marker, figures_table(rates, results, columns))
+    held = f"holdout-{study.prefix}{start}-{rates[start]}"
+    tuned = {f"tuned-{name}": overrides for name, overrides in tuning_methods.items()}
+    tuning_rates = choose_rates(study, tuned, held, steps)
+    tuning = run_seeds(study, tuned, tuning_rates, f"{study.prefix}{start}", steps)
+    rows = {f"{start}, where both start": results[start]}
+    rows |= {name.removeprefix("tuned-"): runs for name, runs in tuning.items()}
+    rates = {f"{start}, where both start": rates[start]}
+    rates |= {name.removeprefix("tuned-"): rate for name, rate in tuning_rates.items()}
+    write_between(Path("README.md"), f"{marker}-tuned", figures_table(rates, rows, columns))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="experiments.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", nargs="?", default="digits", choices=("digits", "segmentation", "detection"))
+    study = parser.parse_args().study
+    ROOT.mkdir(exist_ok=True)
+    if study == "digits":
+        digits()
+    elif study == "segmentation":
+        columns = {"mean_iou": "mean IoU", "iou/digit": "IoU of the digits", "pixel_accuracy": "pixel accuracy"}
+        scenes(MASKS, MASK_METHODS, MASK_TUNING, "supervised", MASK_STEPS, columns, "masks")
+    else:
+        columns = {"map": "mAP@[.5:.95]", "ap50": "AP50", "ap75": "AP75", "f1": "F1@0.5"}
+        scenes(BOXES, BOX_METHODS, BOX_TUNING, "supervised-iou", BOX_STEPS, columns, "boxes")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def draw_ink(digits: list[list[Image.Image]], size: int, rng: np.random.Generato
     """A random digit at a random size: its class and its ink [h, w] in 0..1 without empty rows and columns."""
     digit = int(rng.integers(len(digits)))
     scan = digits[digit][rng.integers(len(digits[digit]))]
-    height = int(rng.integers(round(size * 9 / 32), round(size / 2) + 1))
+    height = int(rng.integers(round(size * 11 / 32), round(size * 18 / 32) + 1))
     width = round(height * rng.uniform(0.85, 1.25))  # of the scan, whose ink is narrower than high
     ink = np.asarray(scan.resize((width, height), Image.Resampling.BICUBIC))
     ink = ink / ink.max()  # small thin digits have paled in the averaging
@@ -71,16 +71,16 @@ def draw_background(digits: list, size: int, base: float, rng: np.random.Generat
     gradient = base + slope * (np.cos(angle) * ramp + np.sin(angle) * ramp[:, None])
     image = Image.fromarray(gradient.clip(0, 255).astype(np.uint8))
     pen, unit = ImageDraw.Draw(image), size * FINE / 32
-    for _ in range(rng.integers(1, 4)):  # thin lines
+    for _ in range(rng.integers(0, 3)):  # thin lines
         x, y, angle, length = *rng.uniform(0, size * FINE, 2), rng.uniform(0, 2 * np.pi), rng.uniform(4, 12) * unit
         ends = [x, y, x + length * np.cos(angle), y + length * np.sin(angle)]
         pen.line(ends, fill=int(base + rng.uniform(30, 140)), width=round(rng.uniform(0.6, 1.2) * unit))
-    for _ in range(rng.integers(1, 4)):  # blobs and rectangles
+    for _ in range(rng.integers(0, 3)):  # blobs and rectangles
         x, y, wide, high = *rng.uniform(0, size * FINE, 2), *(rng.uniform(1.5, 4, 2) * unit)
         shape = pen.ellipse if rng.random() < 0.5 else pen.rectangle
         shape([x, y, x + wide, y + high], fill=int(base + rng.uniform(30, 140)))
     canvas = np.array(image.reduce(FINE), dtype=np.float64)
-    for _ in range(rng.integers(0, 3)):  # fragments of digits, at most half as wide and half as high
+    for _ in range(rng.integers(0, 2)):  # fragments of digits, at most half as wide and half as high
         ink = draw_ink(digits, size, rng)[1]
         high, wide = (side // 2 for side in ink.shape)
         top, left = rng.integers(0, len(ink) - high + 1), rng.integers(0, ink.shape[1] - wide + 1)
@@ -95,7 +95,7 @@ def make_scene(digits: list, size: int, rng: np.random.Generator) -> tuple[np.nd
     canvas = draw_background(digits, size, base, rng)
     owner = np.zeros((size, size), dtype=np.int64)  # 0, or the digit on top there, counted from 1
     placed = []
-    for _ in range(rng.integers(1, 5)):
+    for _ in range(rng.integers(1, 4)):
         (digit, ink), level = draw_ink(digits, size, rng), base + rng.uniform(90, 165)
         mask = ink > 0.5
         left, top, wide, high = box_of(mask)
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns 0, exits with 2 for bad input."""
     parser = Parser(prog="make_scenes.py", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=HERE / "scenes", metavar="DIR", help="(data/scenes)")
-    parser.add_argument("--train", type=int, default=4000, metavar="N", help="training scenes (4000)")
+    parser.add_argument("--train", type=int, default=8000, metavar="N", help="training scenes (8000)")
     parser.add_argument("--eval", type=int, default=500, metavar="N", help="evaluation scenes (500)")
     parser.add_argument("--size", type=int, default=32, help="pixels on a side, at least 16 (32)")
     parser.add_argument("--seed", type=int, default=0)
