@@ -51,7 +51,7 @@ def objects(boxes, labels, crowd=None):
 
 
 def test_an_object_goes_to_the_patches_of_its_middle():
-    """A box of 12x6 pixels at (2, 3): its middle half spans x 5..11, y 4.5..7.5; patch centres are 2, 6, 10, 14."""
+    """A box of 12x6 pixels at (2, 3): its middle spans x 3.5..12.5, y 3.75..8.25; patch centres are 2, 6, 10, 14."""
     targets, counted = det.encode(*objects([[2, 3, 14, 9]], [1]), 16, 4, K)
     classes = targets[0, 0, :, 0].view(SIDE, SIDE)
     expected = torch.full((SIDE, SIDE), float(K))

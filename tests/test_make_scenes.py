@@ -163,7 +163,7 @@ def test_digits_scale_with_the_size(tmp_path, size):
     coco, images, _ = read(tmp_path / "train")
     heights = [a["bbox"][3] for a in coco["annotations"]]
     assert images.shape == (20, size, size)
-    assert size * 0.2 <= min(heights) and size * 0.4 <= max(heights) <= size / 2
+    assert size * 0.25 <= min(heights) and size * 0.45 <= max(heights) <= size * 0.6
 
 
 def test_every_digit_leaves_a_mask_at_the_smallest_size():
