@@ -359,7 +359,7 @@ def match_sets(
     kept = labels >= 0
     hit = torch.zeros_like(kept)
     free = (truth_labels >= 0) & ~crowd  # [S, M]
-    objects = free.sum(1)
+    objects, places = free.sum(1), torch.arange(free.shape[1], device=free.device)
     most = int(kept.sum(1).max()) if boxes.device.type == "cpu" else kept.shape[1]  # a GPU would have to be waited for
     for i in range(most):  # ranks, all sets at once
         box, label = boxes[:, i, None], labels[:, i, None]
@@ -369,7 +369,7 @@ def match_sets(
             iou = paired_iou(box, truth).masked_fill(~(free & (truth_labels == label)), -1)
             best, index = iou.max(1)
             hit[:, i] = kept[:, i] & (best >= iou_threshold)
-            free = free & ~(F.one_hot(index, free.shape[1]).bool() & hit[:, i, None])
+            free = free & ~((places == index[:, None]) & hit[:, i, None])
     if free.shape[1]:  # without a loop over the objects' few crowds: [S, P, M]
         low, high = (
             torch.maximum(boxes[:, :, None, :2], truth[:, None, :, :2]),

@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_checkpoint import files, same
+from test_make_scenes import make_scenes
 from torch.distributions import Distribution
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
@@ -1135,3 +1136,147 @@ def test_a_reward_file_may_define_a_dataclass(tmp_path):
     ).values()
     actions, targets = torch.tensor([[[0, 1]]]), torch.tensor([1])
     assert weight == 0.5 and function(actions, None, targets, {}).tolist() == [[[0.0, 2.0]]]
+
+
+# --- Masks and boxes --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scenes(folder):
+    """64 training scenes and 16 of evaluation in data/scenes of the own folder."""
+    assert make_scenes.main(["--out", "data/scenes", "--train", "64", "--eval", "16"]) == 0
+    return folder
+
+
+SMALL = ["training.steps=6", "training.batch_size=12", "training.log_interval=2", "training.eval_interval=3"]
+SMALL += [
+    "training.save_interval=3",
+    "training.device=cpu",
+    "model.embed_dim=16",
+    "model.depth=2",
+    "data.num_workers=0",
+]
+SMALL += ["rollout.actions_per_sample=3", "training.run_name=r"]
+
+
+def run_task(task: str, *arguments: str) -> int:
+    Distribution.set_default_validate_args(True)
+    return train.main(["--config", str(ROOT / f"config_{task}.yaml"), *SMALL, *arguments])
+
+
+@pytest.mark.parametrize(
+    "task, figure, keys, bound",
+    [
+        ("segmentation", "mean_iou", [], 0.7),
+        ("segmentation", "mean_iou", ["rollout.reward=pixel_reward"], 0.7),
+        ("segmentation", "mean_iou", ["training.objective=supervised"], 0.7),
+        ("detection", "ap50", [], 0.08),
+        ("detection", "ap50", ["training.objective=supervised"], 0.08),
+        ("detection", "ap50", ["training.objective=supervised", "detection.supervised_loss=log_prob"], 0.08),
+    ],
+)
+def test_masks_and_boxes_are_learned(scenes, capsys, task, figure, keys, bound):
+    """The shipped configs at fewer steps, evaluated on the scenes they learn (which takes hundreds of scenes less)."""
+    steps, actions = (100, 4) if task == "segmentation" else (250, 32)
+    keys = [*keys, f"training.steps={steps}", "training.eval_interval=125", "model.embed_dim=48", "model.depth=3"]
+    keys += [f"rollout.actions_per_sample={actions}", "data.eval_dir=data/scenes/train", "training.batch_size=16"]
+    assert run_task(task, *keys) == 0
+    found = scalars("r")
+    assert found[f"eval/{figure}"][steps] > bound and found[f"eval_mc/{figure}"][steps] > bound
+    best = {"segmentation": "eval/mean_iou", "detection": "eval/map"}[task]
+    assert ckpt("r")["best_figure"] == pytest.approx(max(found[best].values()))
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_tensorboard_shows_masks_and_boxes(scenes, capsys, task):
+    assert run_task(task, "training.steps=3") == 0
+    names = {"segmentation": {"mean_iou", "pixel_accuracy", "iou/digit"}, "detection": {"map", "ap50", "ap75", "f1"}}
+    found = scalars("r")
+    assert {f"{prefix}/{name}" for prefix in ("eval", "eval_mc") for name in names[task]} <= set(found)
+    reward = {"segmentation": "reward/mask_iou_credit", "detection": "reward/detection_reward"}[task]
+    assert 0 < found[reward][1] < 1 and found[reward][1] == pytest.approx(found["reward/mean"][1], rel=1e-6)
+    picture = Image.open(io.BytesIO(events("r").Images("eval/most_uncertain")[0].encoded_image_string))
+    assert len(picture.convert("RGB").getcolors(100_000)) > 50
+    line = {"segmentation": "step 3: mean iou 0.", "detection": "step 3: mAP 0."}[task]
+    assert line in capsys.readouterr().out
+    assert train.main(["--evaluate", "ckpt/r"]) == 0
+    assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [],
+        ["training.kl_coef=0.1", "training.update_epochs=2", "data.augment=true", "training.micro_batch_size=5"],
+        ["rollout.action=argmax"],
+    ],
+)
+def test_masks_and_boxes_resume_to_the_bit(scenes, monkeypatch, task, keys):
+    assert run_task(task, *keys, "training.run_name=whole") == 0
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    original = train.training_step
+
+    def stopping(*args, **kwargs):
+        if args[5] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(train, "training_step", stopping)
+    assert run_task(task, *keys) == 143
+    monkeypatch.setattr(train, "training_step", original)
+    assert train.main(["--resume", "ckpt/r"]) == 0
+    assert same(learned("r"), learned("whole"))
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_other_rewards_of_masks_and_boxes(scenes, task):
+    """One score per action goes to all its elements, alone or with a reward per element."""
+    both = {
+        "segmentation": ("mask_iou_reward", "pixel_reward"),
+        "detection": ("detection_f1_reward", "detection_reward"),
+    }
+    score, element = both[task]
+    assert run_task(task, f"rollout.reward={score}", "training.entropy_coef=0") == 0
+    assert run_task(task, f"rollout.reward={{{score}: 1, {element}: 0.5}}", "training.run_name=both") == 0
+    found = scalars("both")
+    means = {name: found[f"reward/{name}"][1] for name in both[task]}
+    assert found["reward/mean"][1] == pytest.approx(
+        means[score] + 0.5 * means[element], rel=0.05
+    )  # by image, by element
+
+
+@pytest.mark.parametrize(
+    "task, arguments, expected",
+    [
+        ("segmentation", ["data.train_dir=train"], "train: no folder images; it should hold images/ and masks/"),
+        ("detection", ["data.train_dir=train"], "train/annotations.json: no such file"),
+        ("segmentation", ["rollout.reward=detection_reward"], "no function detection_reward in segmentation_task"),
+        ("segmentation", ["model.num_classes=3"], "model.num_classes: 3, but data/scenes/train holds 2 classes"),
+        ("detection", ["detection.box_std=0"], "detection.box_std: 0 is not allowed; expected a number > 0"),
+        (
+            "detection",
+            ["task=boxes"],
+            "task: 'boxes' is not allowed; expected classification | segmentation | detection",
+        ),
+        ("detection", ["tasks=detection"], "command line: unknown key tasks; did you mean task?"),
+        (
+            "segmentation",
+            ["rollout.reward=pixel_reward", "rollout.num_mc_samples=1", "rollout.actions_per_sample=1"],
+            "rollout.actions_per_sample: a group needs two actions",
+        ),
+    ],
+)
+def test_bad_input_of_masks_and_boxes(scenes, capsys, task, arguments, expected):
+    capsys.readouterr()
+    assert run_task(task, *arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and expected in lines[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_mask_ends_the_run_with_a_line(scenes, capsys, workers):
+    Image.new("L", (32, 32), 9).save("data/scenes/train/masks/000005.png")
+    assert run_task("segmentation", f"data.num_workers={workers}") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "000005.png: pixel value 9, but the classes are 0 to 1" in lines[0]

@@ -361,3 +361,30 @@ def test_bfloat16_autocast_is_close_and_leaves_weights_and_log_probs_in_float32(
     log_probs.sum().backward()
     assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
     assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_dense_head_reads_each_patch_token():
+    """[B, P, C], patches row by row, and [B, T, P, C] under masks; one token's output is the head on that token."""
+    options = {"image_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "dropout": 0.3}
+    torch.manual_seed(0)
+    model = VisionTransformer(**options, num_classes=5, dense=True)
+    images, masks = torch.randn(3, 3, 8, 8), model.sample_masks(3, 2)
+    tokens = model.forward_features(images, masks, class_token_only=False)  # [B, T, L, D]
+    expected = tokens[:, :, 1:] @ model.head.weight.T + model.head.bias
+    assert model(images, masks).shape == (3, 2, 4, 5) and model(images).shape == (3, 4, 5)
+    torch.testing.assert_close(model(images, masks), expected)
+    classifier = VisionTransformer(**options, num_classes=5)
+    classifier.load_state_dict(model.state_dict())
+    torch.testing.assert_close(classifier(images, masks), tokens[:, :, 0] @ model.head.weight.T + model.head.bias)
+
+
+def test_patches_are_in_row_major_order():
+    """Without blocks' mixing to speak of (no position, head on the patch embedding) a bright patch shows in its place."""
+    model = VisionTransformer(image_size=12, patch_size=4, embed_dim=8, depth=1, num_heads=1, num_classes=2, dense=True)
+    with torch.no_grad():
+        model.pos_embed.zero_()
+    images = torch.zeros(1, 3, 12, 12)
+    dark = model(images)
+    images[:, :, 4:8, 8:12] = 5.0  # row 1, column 2
+    changed = (model(images) - dark).norm(dim=-1)[0]
+    assert changed.argmax() == 1 * 3 + 2
