@@ -189,8 +189,8 @@ def encode(
     """The right action [B, 2, P, 4] for objects (see `DetectionDataset.batch`), and which elements count [B, 2, P].
 
     A patch is assigned to the smallest object of which it holds the centre, or whose middle three quarters (in both
-    directions) have the patch's centre. An unassigned patch is background and its box does not count; within a crowd its class does
-    not count either. Empty boxes are no objects.
+    directions) have the patch's centre. An unassigned patch is background and its box does not count; within a crowd
+    its class does not count either. Empty boxes are no objects.
     """
     centres = patch_centres(image_size // patch_size, boxes.device)  # [P, 2]
     boxes, crowd = F.pad(boxes, (0, 0, 0, 1)), F.pad(crowd, (0, 1))  # a row of padding, for there may be no object

@@ -379,7 +379,7 @@ def test_a_dense_head_reads_each_patch_token():
 
 
 def test_patches_are_in_row_major_order():
-    """Without blocks' mixing to speak of (no position, head on the patch embedding) a bright patch shows in its place."""
+    """A bright patch changes the output of its own token most (attention of an untrained block mixes little)."""
     model = VisionTransformer(image_size=12, patch_size=4, embed_dim=8, depth=1, num_heads=1, num_classes=2, dense=True)
     with torch.no_grad():
         model.pos_embed.zero_()
