@@ -74,6 +74,9 @@ def decode_image(path: str, image_size: int) -> Tensor:
 def upright_size(path: str) -> tuple[int, int]:
     """Width and height of the image file as `decode_image` turns it, from its header."""
     with Image.open(path) as image:
+        if image.format == "TIFF":  # Pillow turns these by itself, some versions on opening, others on loading
+            image.load()
+            return image.size
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
         return image.size[::-1] if turned else image.size
 

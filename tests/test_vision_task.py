@@ -36,6 +36,7 @@ from vision_task import (
     predictive_entropy,
     prepare,
     stream_batches,
+    upright_size,
 )
 from vit_model import VisionTransformer
 
@@ -287,6 +288,17 @@ STORED = {
     7: lambda x: x[::-1, ::-1].transpose(1, 0, 2),
     8: lambda x: np.rot90(x, -1),
 }
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_upright_size(tmp_path, orientation, suffix):
+    """The size of the picture as it is decoded, whoever turns it: Pillow turns TIFFs by itself."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = STORED[orientation](np.zeros((10, 20, 3), dtype=np.uint8))
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / f"x.{suffix}", exif=exif)
+    assert upright_size(str(tmp_path / f"x.{suffix}")) == (20, 10)
 
 
 @pytest.mark.parametrize("orientation", STORED)
