@@ -1,6 +1,7 @@
 """What the README says, against the code."""
 
 import inspect
+import os
 import re
 import shlex
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 import yaml
 
 import experiments
+import predict
 from config import SCHEMA, check, parse_override, read_yaml
 from train import parse
 from vit_model import VisionTransformer
@@ -17,11 +19,11 @@ from vit_model import VisionTransformer
 README = Path("README.md").read_text(encoding="utf-8")
 
 
-def commands() -> list[list[str]]:
-    """Every `train.py` command of the README's bash blocks, as argv."""
+def commands(script: str = "train.py") -> list[list[str]]:
+    """Every command of the README's bash blocks that runs the script, as argv."""
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ")
     lines = [shlex.split(line, comments=True) for line in blocks.splitlines()]
-    return [line[line.index("train.py") + 1 :] for line in lines if "train.py" in line]
+    return [line[line.index(script) + 1 :] for line in lines if script in line]
 
 
 def test_the_config_table_is_the_schema():
@@ -47,6 +49,15 @@ def test_the_commands_are_valid(argv):
         check((args.config, read_yaml(args.config)), ("README", dict(map(parse_override, args.overrides))))
 
 
+@pytest.mark.parametrize("argv", commands("predict.py"), ids=" ".join)
+def test_the_commands_that_predict_are_valid(argv):
+    """Flags exist, images or --evaluate are given, and the run is one that another command leaves behind."""
+    args = predict.parse(argv)
+    assert bool(args.images) != bool(args.evaluate) and all(map(os.path.exists, args.images))
+    runs = {Path(parse(train_argv).config).stem for train_argv in commands() if "--help" not in train_argv}
+    assert args.checkpoint in {f"ckpt/{name}" for name in runs}
+
+
 def test_the_sizes_are_those_of_the_models():
     """Each row is a model that can be built and has as many parameters as it says, at 224 x 224 with 1000 classes."""
     rows = re.findall(r"^\| ViT-(\w+) \| (\d+) \| (\d+) \| (\d+) \| (\d+).* \| ([\d.]+) M \|$", README, re.M)
@@ -68,4 +79,4 @@ def test_links_lead_somewhere():
 
 def test_nothing_is_left_to_fill_in():
     assert not re.findall(r"@[A-Z]+@", README)
-    assert len(commands()) > 5
+    assert len(commands()) > 5 and len(commands("predict.py")) > 2
