@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -65,16 +65,16 @@ TUNING_METHODS = {  # both start from the supervised run of the same seed
 }
 COST_STEPS = 500
 
-MASKS = Study("config_segmentation.yaml", "segmentation-", "mean_iou", 1, range(3), range(1), (1e-3, 2e-3, 4e-3), 100)
+MASKS = Study("config_segmentation.yaml", "segmentation-", "mean_iou", 1, range(3), range(1), (2e-3, 4e-3, 8e-3), 100)
 MASK_METHODS = {
-    "supervised": ["training.objective=supervised"],
-    "pixel_reward": ["rollout.reward=pixel_reward", "training.entropy_coef=0"],
+    "supervised": ["training.objective=supervised", "training.entropy_coef=0"],
     "mask_iou_credit": [],
 }
 MASK_TUNING = {"label": MASK_METHODS["supervised"], "mask_iou_credit": []}
 MASK_STEPS = 300
+TUNING_RATES = (5e-4, 1e-3, 2e-3)
 
-BOXES = Study("config_detection.yaml", "detection-", "map", 1, range(3), range(1), (1e-3, 2e-3, 4e-3), 400)
+BOXES = Study("config_detection.yaml", "detection-", "map", 1, range(3), range(1), (1e-3, 2e-3), 250)
 BOX_METHODS = {
     "supervised-log_prob": ["training.objective=supervised", "detection.supervised_loss=log_prob"],
     "supervised-iou": ["training.objective=supervised", "detection.supervised_loss=iou"],
@@ -300,7 +300,7 @@ def scenes(
     write_between(Path("README.md"), marker, figures_table(rates, results, columns))
     held = f"holdout-{study.prefix}{start}-{rates[start]}"
     tuned = {f"tuned-{name}": overrides for name, overrides in tuning_methods.items()}
-    tuning_rates = choose_rates(study, tuned, held, steps)
+    tuning_rates = choose_rates(replace(study, rates=TUNING_RATES), tuned, held, steps)
     tuning = run_seeds(study, tuned, tuning_rates, f"{study.prefix}{start}", steps)
     rows = {f"{start}, where both start": results[start]}
     rows |= {name.removeprefix("tuned-"): runs for name, runs in tuning.items()}

@@ -74,18 +74,18 @@ def draw_background(digits: list, size: int, base: float, rng: np.random.Generat
     for _ in range(rng.integers(0, 3)):  # thin lines
         x, y, angle, length = *rng.uniform(0, size * FINE, 2), rng.uniform(0, 2 * np.pi), rng.uniform(4, 12) * unit
         ends = [x, y, x + length * np.cos(angle), y + length * np.sin(angle)]
-        pen.line(ends, fill=int(base + rng.uniform(30, 140)), width=round(rng.uniform(0.6, 1.2) * unit))
+        pen.line(ends, fill=int(base + rng.uniform(20, 100)), width=round(rng.uniform(0.6, 1.2) * unit))
     for _ in range(rng.integers(0, 3)):  # blobs and rectangles
         x, y, wide, high = *rng.uniform(0, size * FINE, 2), *(rng.uniform(1.5, 4, 2) * unit)
         shape = pen.ellipse if rng.random() < 0.5 else pen.rectangle
-        shape([x, y, x + wide, y + high], fill=int(base + rng.uniform(30, 140)))
+        shape([x, y, x + wide, y + high], fill=int(base + rng.uniform(20, 100)))
     canvas = np.array(image.reduce(FINE), dtype=np.float64)
     for _ in range(rng.integers(0, 2)):  # fragments of digits, at most half as wide and half as high
         ink = draw_ink(digits, size, rng)[1]
         high, wide = (side // 2 for side in ink.shape)
         top, left = rng.integers(0, len(ink) - high + 1), rng.integers(0, ink.shape[1] - wide + 1)
         x, y = rng.integers(0, size - wide + 1), rng.integers(0, size - high + 1)
-        paint(canvas, ink[top : top + high, left : left + wide], x, y, base + rng.uniform(70, 140))
+        paint(canvas, ink[top : top + high, left : left + wide], x, y, base + rng.uniform(30, 100))
     return canvas
 
 
@@ -96,7 +96,7 @@ def make_scene(digits: list, size: int, rng: np.random.Generator) -> tuple[np.nd
     owner = np.zeros((size, size), dtype=np.int64)  # 0, or the digit on top there, counted from 1
     placed = []
     for _ in range(rng.integers(1, 4)):
-        (digit, ink), level = draw_ink(digits, size, rng), base + rng.uniform(90, 165)
+        (digit, ink), level = draw_ink(digits, size, rng), base + rng.uniform(40, 120)
         mask = ink > 0.5
         left, top, wide, high = box_of(mask)
         bound = rng.uniform(0, MAX_IOU)
@@ -110,7 +110,7 @@ def make_scene(digits: list, size: int, rng: np.random.Generator) -> tuple[np.nd
                 owner = trial
                 placed.append((digit, box, int(mask.sum())))
                 break
-    canvas += rng.normal(0, rng.uniform(3, 10), canvas.shape)
+    canvas += rng.normal(0, rng.uniform(8, 24), canvas.shape)
     values = np.array([0] + [digit + 1 for digit, _, _ in placed], dtype=np.uint8)
     return canvas.round().clip(0, 255).astype(np.uint8), values[owner], placed
 
