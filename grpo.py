@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributions import Categorical, Distribution, kl_divergence
 
@@ -304,8 +305,20 @@ def policy_loss(
     return loss, log | {"loss": loss.detach()}
 
 
+def sum_over_processes(params: list[Tensor], loss: Tensor) -> Tensor:
+    """Sum the gradients over all processes in one message, where there are several; returns the sum of their losses."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return loss
+    flat = torch.cat([p.grad.flatten() for p in params] + [loss.to(params[0].dtype).view(1)])
+    dist.all_reduce(flat)
+    for p, grad in zip(params, flat.split([p.numel() for p in params] + [1])):
+        p.grad.copy_(grad.view_as(p))
+    return flat[-1]
+
+
 def optimizer_step(optimizer: torch.optim.Optimizer, max_grad_norm: float, loss: Tensor) -> Tensor:
-    """Clip the gradients, step unless loss or gradient are not finite, return the norm before clipping.
+    """Clip the gradients (summed over all processes), step unless loss or gradient are not finite, return the norm
+    before clipping.
 
     A fused optimizer is told on the device (`found_inf`, as torch.amp does it), at no sync: once bad it stays where it
     is until the caller has read the norm. With another one it is looked at here and raises FloatingPointError.
@@ -314,6 +327,7 @@ def optimizer_step(optimizer: torch.optim.Optimizer, max_grad_norm: float, loss:
     for p in params:  # a batch without a live group has zero gradients, not none
         if p.grad is None:
             p.grad = torch.zeros_like(p)
+    loss = sum_over_processes(params, loss)
     grad_norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm)
     bad = ~(grad_norm.isfinite() & loss.isfinite())
     if optimizer.defaults.get("fused"):
@@ -357,8 +371,8 @@ def update_policy(
     episodes: the micro-batches' rollouts, best a generator: each is differentiated and let go before the next is made,
         so that memory follows the micro-batch. Rollouts without a graph (`keep_graph=False`) are kept instead, and
         their live images replayed under the stored masks and actions. Both ways give the same gradient.
-    batch_size: images in the whole batch, dead groups included: the denominator, known before the first backward.
-    num_counted: where episodes have `counted`, the number of elements that count in the whole batch instead.
+    batch_size: images in the whole batch (of all processes), dead groups included: the denominator, known before the
+        first backward. num_counted: where episodes have `counted`, the elements that count in the whole batch instead.
     micro_batch_size: images at a time in a replay. pad_to: see `select_live`.
     objective: `grpo`, clipped surrogate + kl_coef * KL(policy || reference) - entropy_coef * entropy; or `supervised`,
         supervised_loss(policy, targets) under the same passes, per element. reference: the frozen model of the KL term,

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 import yaml
 from torch import Tensor
 from torch.distributions import Distribution
@@ -42,6 +43,47 @@ from vit_model import VisionTransformer
 TASKS = {"classification": vision_task, "segmentation": segmentation_task, "detection": detection_task}
 REPLAY_BELOW = 0.6  # share of live groups below which a forward pass without a graph + a replay of the live is cheaper
 WARN_DEAD_STEPS = 50
+
+
+# --- Several processes ------------------------------------------------------------------------------------------------
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and how many there are, as `torchrun` says; 0 and 1 without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def connect(device: torch.device) -> dist.ProcessGroup | None:
+    """Meet the other processes; returns a group for words between hosts, or None if there is one process alone."""
+    if rank_and_world()[1] == 1:
+        return None
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.new_group(backend="gloo")
+
+
+def agreed(stop: list[int], group: dist.ProcessGroup | None) -> int:
+    """The signal that asked any of the processes to stop, 0 if none did."""
+    number = torch.tensor(max(stop, default=0))
+    if group:
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=group)
+    return int(number)
+
+
+def share_metrics(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`update_policy`'s metrics of this process's images -> of the whole batch. The loss is a sum already."""
+    if not dist.is_initialized():
+        return metrics
+    world = dist.get_world_size()
+    same = ("loss", "grad_norm", "group_rewards", "reward/min")
+    names = [name for name in metrics if name not in same]
+    values = torch.stack([metrics[name].float() for name in names])
+    groups = [torch.empty_like(metrics["group_rewards"]) for _ in range(world)]
+    lowest = metrics["reward/min"].clone()
+    dist.all_reduce(values)
+    dist.all_reduce(lowest, dist.ReduceOp.MIN)
+    dist.all_gather(groups, metrics["group_rewards"].contiguous())
+    shared = dict(zip(names, values / world))
+    return metrics | shared | {"reward/min": lowest, "group_rewards": torch.cat(groups)}
 
 
 # --- What the config's words stand for --------------------------------------------------------------------------------
@@ -72,9 +114,11 @@ def load_rewards(config: dict) -> dict[str, tuple[Reward, float]]:
 
 
 def pick_device(name: str) -> torch.device:
-    """training.device as a device that works here; raises InputError."""
+    """training.device as a device that works here, for each process of a host its own GPU; raises InputError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.empty(1, device=name).device
         if device.type == "cuda":
@@ -146,7 +190,8 @@ def learning_rate(step: int, training: SimpleNamespace) -> float:
 def keep_decoded(data: SimpleNamespace, *datasets: Dataset | None) -> tuple[bool, int]:
     """Whether decoded images are kept in memory (data.cache), and how many bytes they are."""
     size = sum(dataset.channels * dataset.image_size**2 * len(dataset) for dataset in datasets if dataset)
-    return data.cache == "always" or (data.cache == "auto" and size <= data.cache_limit_gb * 1e9), size
+    alone = rank_and_world()[1] == 1  # a process would see all images only after many epochs
+    return alone and (data.cache == "always" or (data.cache == "auto" and size <= data.cache_limit_gb * 1e9)), size
 
 
 def epoch_order(epoch: int, seed: int, size: int) -> Tensor:
@@ -166,9 +211,14 @@ def training_step(
     keep_graph: bool,
     reference=None,
 ) -> dict[str, Tensor]:
-    """Rollout, reward, update on a batch of uint8 images on the model's device; returns `update_policy`'s metrics."""
+    """Rollout, reward, update on a batch (this process's images of it) of uint8 images on the model's device; returns
+    `update_policy`'s metrics."""
     data, roll, training = (SimpleNamespace(**config[section]) for section in ("data", "rollout", "training"))
-    micro_batch_size = training.micro_batch_size or training.batch_size
+    rank, world = rank_and_world()
+    micro_batch_size = training.micro_batch_size or len(batch)
+    num_counted = None if batch.counted is None else batch.counted.sum()
+    if world > 1 and num_counted is not None:
+        dist.all_reduce(num_counted)
     task = TASKS[config["task"]]
     network = task.network(model, config)
     policy_adapter = task.policy_adapter(config, step / training.steps)
@@ -176,6 +226,7 @@ def training_step(
     def episodes() -> Iterator[Episode]:
         for index in range(0, len(batch), micro_batch_size):
             part = batch[index : index + micro_batch_size]
+            index += rank * len(batch)  # in the batch of all processes
             if data.augment:
                 with keyed_rng(training.seed, step, "flips", index):
                     part = task.mirror_batch(part)
@@ -192,14 +243,14 @@ def training_step(
                 keep_graph=keep_graph,
             )
 
-    return update_policy(
+    metrics = update_policy(
         network,
         optimizer,
         episodes(),
-        batch_size=len(batch),
+        batch_size=world * len(batch),
         micro_batch_size=micro_batch_size,
         policy_adapter=policy_adapter,
-        num_counted=None if batch.counted is None else batch.counted.sum(),
+        num_counted=num_counted,
         objective=training.objective,
         supervised_loss=task.supervised_loss(config),
         clip_low=training.clip_low,
@@ -211,22 +262,49 @@ def training_step(
         max_grad_norm=training.max_grad_norm,
         pad_to=max(micro_batch_size // 4, 1) if config["model"]["compile"] else 1,
     )
+    return share_metrics(metrics)
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def evaluate(model, batches: Iterable[TensorMiniBatch], dataset: Dataset, config: dict, device: torch.device):
-    """The task's `Evaluation` of the deterministic network and of the mean over T passes, over all batches."""
+def evaluate(
+    model,
+    batches: Iterable[TensorMiniBatch],
+    dataset: Dataset,
+    config: dict,
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+):
+    """The task's `Evaluation` of the deterministic network and of the mean over T passes, over all batches; where
+    several processes have every so many-th batch, that of rank 0 is of them all."""
     task = TASKS[config["task"]]
     network, evaluation = task.network(model, config), task.Evaluation(dataset, config)
-    for index, batch in enumerate(batches):
-        batch = batch.to(device)
-        with keyed_rng(config["training"]["seed"], "evaluation", index):
-            masks = model.sample_masks(len(batch), config["rollout"]["num_mc_samples"])
-        evaluation.add(batch, network(batch.inputs), network(batch.inputs, masks))
+
+    def outputs() -> Iterator[tuple[TensorMiniBatch, Tensor, Tensor]]:
+        rank, world = rank_and_world() if group else (0, 1)
+        for index, batch in enumerate(batches):
+            batch = batch.to(device)
+            with keyed_rng(config["training"]["seed"], "evaluation", index * world + rank):
+                masks = model.sample_masks(len(batch), config["rollout"]["num_mc_samples"])
+            yield batch, network(batch.inputs), network(batch.inputs, masks)
+
+    size = min(config["training"]["micro_batch_size"] or config["training"]["batch_size"], len(dataset))
+    for row in gathered(outputs(), -(-len(dataset) // size), group) if group else outputs():
+        evaluation.add(*row)
     return evaluation
+
+
+def gathered(rows: Iterator[tuple], count: int, group: dist.ProcessGroup) -> Iterator[tuple]:
+    """On rank 0 the `count` rows of all processes in turn, their tensors on the CPU; on the others none."""
+    rank, world = rank_and_world()
+    for _ in range(-(-count // world)):
+        row = next(rows, None)
+        row = row and tuple(part.to("cpu") for part in row)
+        everybody = None if rank else [None] * world
+        dist.gather_object(row, everybody, group=group)
+        yield from filter(None, everybody or ())
 
 
 def eval_line(figures: dict[str, float]) -> str:
@@ -271,16 +349,20 @@ def read_rows(rows: list[dict[str, Tensor]], first_step: int, advantage: str) ->
 
 
 class Console:
-    """Lines that stay, and a progress line that rewrites itself on a terminal; elsewhere a plain line now and then."""
+    """Lines that stay, and a progress line that rewrites itself on a terminal; elsewhere a plain line now and then.
+    Of several processes rank 0 speaks."""
 
     def __init__(self):
         self.terminal = sys.stdout.isatty()
-        self.next_time = 0.0
+        self.next_time = math.inf if rank_and_world()[0] else 0.0
 
     def line(self, text: str) -> None:
-        print(f"\r\033[K{text}" if self.terminal else text, flush=True)
+        if self.next_time < math.inf:
+            print(f"\r\033[K{text}" if self.terminal else text, flush=True)
 
     def progress(self, text: str) -> None:
+        if self.next_time == math.inf:
+            return
         if self.terminal:
             columns = os.get_terminal_size(sys.stdout.fileno()).columns
             print(f"\r\033[K{text[: columns - 1]}", end="", flush=True)
@@ -340,6 +422,13 @@ def train(args: argparse.Namespace) -> int:
                 )
     task, rewards = TASKS[config["task"]], load_rewards(config)
     micro_batch_size = training.micro_batch_size or training.batch_size
+    rank, world = rank_and_world()
+    own, uneven = divmod(training.batch_size, world)  # images of each batch that are this process's
+    if uneven or own % (training.micro_batch_size or own):
+        raise InputError(
+            f"training.batch_size: {training.batch_size} does not fall into equal parts for {world} processes"
+            + (f" of whole micro-batches of {training.micro_batch_size}" if training.micro_batch_size else "")
+        )
 
     # Data: what the training folder's format says of the classes holds for the evaluation's, too.
     classes = state["classes"] if state else None
@@ -394,18 +483,21 @@ def train(args: argparse.Namespace) -> int:
         f"{'bfloat16 autocast' if model.autocast_dtype else 'float32'}"
     )
 
+    control = connect(device)  # after the checks: what is wrong for all is said by one
     loader = {"num_workers": data.num_workers, "pin_memory": device.type == "cuda"}
     eval_batches = None  # decoded once, if they are kept
 
     def evaluate_now():
         nonlocal eval_batches
-        batches = eval_batches or ordered_batches(eval_set, micro_batch_size, **loader)
+        batches = eval_batches or ordered_batches(eval_set, micro_batch_size, rank, world, **loader)
         if cache:
             batches = eval_batches = list(batches)
-        return evaluate(model, batches, eval_set, config, device)
+        return evaluate(model, batches, eval_set, config, device, control)
 
     if args.evaluate:
-        console.line(f"step {state['step']}: {eval_line(evaluate_now().figures())}")
+        evaluation = evaluate_now()
+        if not rank:
+            console.line(f"step {state['step']}: {eval_line(evaluation.figures())}")
         return 0
 
     optimizer = build_optimizer(model, training)
@@ -454,7 +546,9 @@ def train(args: argparse.Namespace) -> int:
 
     # Train: rollout -> reward -> update -> log -> evaluate -> save.
     order = partial(epoch_order, seed=training.seed, size=len(train_set))
-    batches = stream_batches(train_set, order, training.batch_size, range(start, training.steps), cache=cache, **loader)
+    part = slice(rank * own, (rank + 1) * own)
+    steps = range(start, training.steps)
+    batches = stream_batches(train_set, order, training.batch_size, steps, cache=cache, part=part, **loader)
     may_replay = training.objective == "grpo" and training.kl_coef == training.entropy_coef == 0
     writer = None
     begin = interval_begin = time.perf_counter()
@@ -470,7 +564,7 @@ def train(args: argparse.Namespace) -> int:
             training_step(model, optimizer, batch, rewards, config, step, keep_graph=keep_graph, reference=reference)
         )
         done, interval_steps = step + 1, interval_steps + 1
-        stopping = bool(stop)
+        stopping = agreed(stop, control)
         log_due = done % training.log_interval == 0 or done in (1, training.steps)
         eval_due = eval_set is not None and (done % training.eval_interval == 0 or done == training.steps)
         save_due = done % training.save_interval == 0 or done == training.steps or stopping
@@ -479,6 +573,14 @@ def train(args: argparse.Namespace) -> int:
             continue
 
         values = read_rows(rows, done - len(rows) + 1, roll.advantage if training.objective == "grpo" else "")
+        if rank:  # rank 0 logs and saves; the others go the same way
+            live_share = sum(values["groups/live"]) / len(rows) if log_due else live_share
+            rows = [] if log_due else rows
+            if eval_due:
+                evaluate_now()
+            if stopping:
+                break
+            continue
         writer = writer or SummaryWriter(log_dir, purge_step=start + 1)
         if done == 1:
             writer.add_text("config", f"```\n{yaml.safe_dump(config, sort_keys=False)}```", 1)
@@ -524,10 +626,12 @@ def train(args: argparse.Namespace) -> int:
         interval_begin, interval_steps, waited = time.perf_counter(), 0, 0.0
         if stopping:
             break
+    if rank:
+        return 128 + stopping if stopping and done < training.steps else 0
     writer.close()
     if stopping and done < training.steps:
         console.line(f"stopped after step {done}, saved {path}; go on with --resume {run_dir}")
-        return 128 + stop[0]
+        return 128 + stopping
     console.line(f"done: {path}")
     return 0
 
@@ -537,10 +641,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return train(parse(argv))
     except (InputError, OSError) as error:  # OSError: the disk under the TensorBoard events, say
-        print(f"\ntrain.py: {error}" if sys.stdout.isatty() else f"train.py: {error}", file=sys.stderr)
+        rank = rank_and_world()[0]
+        who = f"train.py, rank {rank}: " if rank else "train.py: "
+        if not rank or dist.is_initialized():  # before they meet all processes find the same
+            print(f"\n{who}{error}" if sys.stdout.isatty() else f"{who}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before the first step or after the last: there is nothing to save
         return 128 + signal.SIGINT
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -166,6 +166,7 @@ def stream_batches(
     num_workers: int = 0,
     cache: bool = False,
     pin_memory: bool = False,
+    part: slice = slice(None),
 ) -> Iterator[TensorMiniBatch]:
     """The uint8 batches of the given steps of an endless pass over the data: epoch after epoch, no image dropped.
 
@@ -173,6 +174,7 @@ def stream_batches(
     order(epoch): the epoch's permutation, [n]. Step s takes places s * batch_size … of the epochs laid end to end, so
     the place in the data is a function of the step alone. Decoding runs in `num_workers` processes, ahead of need.
     With `cache` decoded images are kept in memory, and after a whole epoch no file is opened any more.
+    part: the images of each batch that this process is to have; not with `cache`, which would never be full.
     Raises InputError for a file that cannot be decoded.
     """
     n = len(dataset)
@@ -181,7 +183,7 @@ def stream_batches(
     def indices(step: int) -> Tensor:  # [batch_size]
         places = torch.arange(step * batch_size, (step + 1) * batch_size)
         epochs = range(int(places[0]) // n, int(places[-1]) // n + 1)
-        return torch.cat([order(epoch)[places[places // n == epoch] % n] for epoch in epochs])
+        return torch.cat([order(epoch)[places[places // n == epoch] % n] for epoch in epochs])[part]
 
     decode = steps
     store = None
@@ -210,11 +212,13 @@ def stream_batches(
         yield batch.pin_memory() if pin_memory else batch
 
 
-def ordered_batches(dataset: Dataset, batch_size: int, **options) -> Iterator[TensorMiniBatch]:
-    """Every image once, in order; options as for `stream_batches`."""
+def ordered_batches(
+    dataset: Dataset, batch_size: int, first: int = 0, every: int = 1, **options
+) -> Iterator[TensorMiniBatch]:
+    """Every image once, in order, of the batches first, first + every, …; options as for `stream_batches`."""
     n = len(dataset)
     batch_size = min(batch_size, n)
-    steps = range(-(-n // batch_size))
+    steps = range(first, -(-n // batch_size), every)
     for step, batch in zip(steps, stream_batches(dataset, lambda _: torch.arange(n), batch_size, steps, **options)):
         yield batch[: n - step * batch_size]  # the last batch is filled up from the next epoch
 
