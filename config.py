@@ -57,6 +57,9 @@ SCHEMA: dict[str, Key] = {
     "model.checkpoint_path": Key(
         None, str, "weights to start from: a checkpoint of this repo, or of timm, DeiT, DINO, MAE", optional=True
     ),
+    "model.activation_checkpointing": Key(
+        False, bool, "keep the blocks' inputs alone for the backward pass: less memory, a third more time"
+    ),
     "model.compile": Key(False, bool, "torch.compile the model"),
     "data.train_dir": Key("data/train", str, "folder of images, in the task's format"),
     "data.eval_dir": Key("data/eval", str, "folder of the same classes; null: no evaluation", optional=True),
@@ -70,6 +73,9 @@ SCHEMA: dict[str, Key] = {
     ),
     "data.augment": Key(False, bool, "mirror half of the training images left to right"),
     "data.num_workers": Key(1, int, "processes that decode images; 0: the main process", **at_least(0)),
+    "data.on_bad_image": Key(
+        "error", str, "skip: the next good one takes its place, a run of more than 1 % stops", **one_of("error", "skip")
+    ),
     "data.cache": Key(
         "auto", str, "keep decoded images in memory; auto: if they fit", **one_of("auto", "always", "never")
     ),

@@ -13,8 +13,16 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 
+def printable(text: str) -> str:
+    """`text` on one line that any terminal takes: file names may hold line breaks and bytes that are not UTF-8."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class InputError(ValueError):
     """Bad input: one line that names the file, key or value and what to do. `train.py` prints it and exits with 2."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 @dataclass

@@ -127,7 +127,7 @@ def mean_cost(checkpoint: Path) -> float:
     model.load_state_dict(state["model"])
     dataset = VisionClassificationDataset(config["data"]["eval_dir"], config["model"]["image_size"], state["classes"])
     evaluation = evaluate(model, ordered_batches(dataset, 64), dataset, config, torch.device("cpu"))
-    deterministic, _, targets = evaluation.columns()
+    deterministic, _, targets, _ = evaluation.columns()
     return float(cheque_cost(deterministic.argmax(-1), targets).mean())
 
 

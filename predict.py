@@ -360,7 +360,7 @@ def evaluate(args: argparse.Namespace) -> int:
     }
     kept, confusion, pictures = [], None, {}
     if config["task"] == "classification":
-        _, probs, targets = evaluation.columns()
+        _, probs, targets, _ = evaluation.columns()
         predicted = probs.argmax(-1)
         accuracy = accuracy_of_kept(predictive_entropy(probs), predicted == targets)
         kept = [(percent, float(accuracy[-1 - len(dataset) * percent // 100])) for percent in REJECTED]

@@ -285,6 +285,8 @@ def evaluate(
     def outputs() -> Iterator[tuple[TensorMiniBatch, Tensor, Tensor]]:
         rank, world = rank_and_world() if group else (0, 1)
         for index, batch in enumerate(batches):
+            if len(batch) == 0:  # its images cannot be decoded
+                continue
             batch = batch.to(device)
             with keyed_rng(config["training"]["seed"], "evaluation", index * world + rank):
                 masks = model.sample_masks(len(batch), config["rollout"]["num_mc_samples"])
@@ -484,12 +486,27 @@ def train(args: argparse.Namespace) -> int:
     )
 
     control = connect(device)  # after the checks: what is wrong for all is said by one
-    loader = {"num_workers": data.num_workers, "pin_memory": device.type == "cuda"}
+    bad_images: set[str] = set()
+
+    def report(bad: dict[str, str]) -> None:
+        for path in bad.keys() - bad_images:
+            console.line(f"warning: {bad[path]}")
+        bad_images.update(bad)
+        images = len(train_set or ()) + len(eval_set or ())
+        if len(bad_images) > images / 100:
+            raise InputError(
+                f"data.on_bad_image: skip: {len(bad_images)} of {images} images cannot be decoded, more than 1 %; the "
+                f"last: {next(iter(bad.values()))}"
+            )
+
+    loader = {"num_workers": data.num_workers, "pin_memory": device.type == "cuda", "report": report}
     eval_batches = None  # decoded once, if they are kept
 
     def evaluate_now():
         nonlocal eval_batches
-        batches = eval_batches or ordered_batches(eval_set, micro_batch_size, rank, world, **loader)
+        batches = eval_batches or ordered_batches(
+            eval_set, micro_batch_size, rank, world, on_bad="drop" if data.on_bad_image == "skip" else "error", **loader
+        )
         if cache:
             batches = eval_batches = list(batches)
         return evaluate(model, batches, eval_set, config, device, control)
@@ -500,6 +517,7 @@ def train(args: argparse.Namespace) -> int:
             console.line(f"step {state['step']}: {eval_line(evaluation.figures())}")
         return 0
 
+    trained_on = vision_task.fingerprint(train_set)
     optimizer = build_optimizer(model, training)
     start, best_figure, live_share, dead_steps, rows = 0, -1.0, 1.0, 0, []
     if state:
@@ -521,13 +539,18 @@ def train(args: argparse.Namespace) -> int:
         )
         rows = [{name: value.to(device) for name, value in row.items()} for row in rows]
         console.line(f"{run_dir}: going on after step {start}")
+        if state.get("data", trained_on) != trained_on:
+            console.line(
+                f"warning: {data.train_dir} holds {trained_on}, it held {state['data']}: the rest of this epoch is of "
+                "another order"
+            )
         if start >= training.steps:
             console.line(f"nothing to do: training.steps is {training.steps}")
             return 0
 
     def save(best: bool) -> Path:
         progress = {"step": step + 1, "best_figure": best_figure, "live_share": live_share}
-        progress |= {"dead_steps": dead_steps, "rows": rows, "config": config, "classes": classes}
+        progress |= {"dead_steps": dead_steps, "rows": rows, "config": config, "classes": classes, "data": trained_on}
         weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         if reference:
             weights["reference"] = reference.state_dict()
@@ -548,7 +571,9 @@ def train(args: argparse.Namespace) -> int:
     order = partial(epoch_order, seed=training.seed, size=len(train_set))
     part = slice(rank * own, (rank + 1) * own)
     steps = range(start, training.steps)
-    batches = stream_batches(train_set, order, training.batch_size, steps, cache=cache, part=part, **loader)
+    batches = stream_batches(
+        train_set, order, training.batch_size, steps, cache=cache, part=part, on_bad=data.on_bad_image, **loader
+    )
     may_replay = training.objective == "grpo" and training.kl_coef == training.entropy_coef == 0
     writer = None
     begin = interval_begin = time.perf_counter()
@@ -594,6 +619,7 @@ def train(args: argparse.Namespace) -> int:
             writer.add_scalar("learning_rate", learning_rate(step, training), done)
             writer.add_scalar("speed/images_per_second", speed, done)
             writer.add_scalar("speed/data_wait", waited / seconds, done)
+            writer.add_scalar("data/bad_images", len(bad_images), done)
             left = timedelta(seconds=int((time.perf_counter() - begin) / (done - start) * (training.steps - done)))
             console.progress(
                 f"step {done}/{training.steps}  reward {means['reward/mean']:.3f}  live groups {live_share:.0%}  "
@@ -645,6 +671,14 @@ def main(argv: list[str] | None = None) -> int:
         who = f"train.py, rank {rank}: " if rank else "train.py: "
         if not rank or dist.is_initialized():  # before they meet all processes find the same
             print(f"\n{who}{error}" if sys.stdout.isatty() else f"{who}{error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(
+            f"train.py: out of memory ({one_line(error)[:120]}); lower training.micro_batch_size, "
+            "rollout.num_mc_samples or model.dropout_blocks, or set model.activation_checkpointing; --resume goes on "
+            "from the last checkpoint",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:  # before the first step or after the last: there is nothing to save
         return 128 + signal.SIGINT

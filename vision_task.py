@@ -1,6 +1,7 @@
 """Classification of an image folder: data set, decoding, `prepare`, reward, metrics, pictures."""
 
 import atexit
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -130,16 +131,35 @@ class VisionClassificationDataset(Dataset):
 
 class _BatchDecoder(Dataset):
     """What a loader's worker does: decode the items at `indices`. Hands an error back as a value, because DataLoader
-    would wrap its message in a worker's traceback."""
+    would wrap its message in a worker's traceback.
 
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
+    on_bad: what happens to one that cannot be decoded: `error`, `skip` (the next good one takes its place) or `drop`.
+    """
 
-    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor] | InputError:
-        try:
-            return torch.tensor(indices), torch.stack([self.dataset[i] for i in indices])
-        except InputError as error:
-            return error
+    def __init__(self, dataset: Dataset, on_bad: str):
+        self.dataset, self.on_bad = dataset, on_bad
+
+    def __getitem__(self, indices: list[int]) -> tuple[list[int], list[int], Tensor, dict[str, str]] | InputError:
+        """The places that were asked for and those that took their place (fewer with `drop`), the items there, and
+        what is wrong with others, by file."""
+        asked, found, items, bad = [], [], [], {}
+        n = len(self.dataset)
+        for index in indices:
+            for place in range(index, index + n if self.on_bad == "skip" else index + 1):
+                try:
+                    items.append(self.dataset[place % n])
+                    asked.append(index)
+                    found.append(place % n)
+                    break
+                except InputError as error:
+                    if self.on_bad == "error":
+                        return error
+                    bad[self.dataset.paths[place % n]] = str(error)
+        if not items and self.on_bad == "skip":
+            return InputError(f"{self.dataset.root}: no image that can be decoded")
+        size = self.dataset.image_size
+        shape = 0, self.dataset.channels, size, size
+        return asked, found, torch.stack(items) if items else torch.empty(shape, dtype=torch.uint8), bad
 
 
 def _ignore_signals(_worker_id: int) -> None:
@@ -167,6 +187,8 @@ def stream_batches(
     cache: bool = False,
     pin_memory: bool = False,
     part: slice = slice(None),
+    on_bad: str = "error",
+    report: Callable[[dict[str, str]], None] = lambda bad: None,
 ) -> Iterator[TensorMiniBatch]:
     """The uint8 batches of the given steps of an endless pass over the data: epoch after epoch, no image dropped.
 
@@ -175,7 +197,8 @@ def stream_batches(
     the place in the data is a function of the step alone. Decoding runs in `num_workers` processes, ahead of need.
     With `cache` decoded images are kept in memory, and after a whole epoch no file is opened any more.
     part: the images of each batch that this process is to have; not with `cache`, which would never be full.
-    Raises InputError for a file that cannot be decoded.
+    on_bad: what happens where a file cannot be decoded: `error` raises InputError; `skip` lets the next good one take
+    its place, `drop` none; report(file -> what is wrong) hears of it, each time.
     """
     n = len(dataset)
     order = lru_cache(maxsize=2)(order)
@@ -191,8 +214,9 @@ def stream_batches(
         seen_all = (-(-steps.start * batch_size // n) + 1) * n  # where the first epoch entered at its start ends
         decode = range(steps.start, min(steps.stop, -(-seen_all // batch_size)))
         store = torch.empty(n, dataset.channels, dataset.image_size, dataset.image_size, dtype=torch.uint8)
+        source = torch.arange(n)  # the place that a place's image is taken from
     loader = DataLoader(
-        _BatchDecoder(dataset),
+        _BatchDecoder(dataset, on_bad),
         sampler=(indices(step).tolist() for step in decode),  # lists: a tensor would go through shared memory
         batch_size=None,  # an item is a batch already
         num_workers=num_workers,
@@ -203,12 +227,17 @@ def stream_batches(
     for decoded in loader:
         if isinstance(decoded, InputError):
             raise decoded
+        asked, found, items, bad = decoded
+        if bad:
+            report(bad)
         if store is not None:
-            store[decoded[0]] = decoded[1]
-        batch = dataset.batch(*decoded)
+            store[found] = items
+            source[asked] = torch.tensor(found)
+        batch = dataset.batch(torch.tensor(found, dtype=torch.int64), items)
         yield batch.pin_memory() if pin_memory else batch
     for step in range(decode.stop, steps.stop):
-        batch = dataset.batch(indices(step), store[indices(step)])
+        found = source[indices(step)]
+        batch = dataset.batch(found, store[found])
         yield batch.pin_memory() if pin_memory else batch
 
 
@@ -220,7 +249,14 @@ def ordered_batches(
     batch_size = min(batch_size, n)
     steps = range(first, -(-n // batch_size), every)
     for step, batch in zip(steps, stream_batches(dataset, lambda _: torch.arange(n), batch_size, steps, **options)):
-        yield batch[: n - step * batch_size]  # the last batch is filled up from the next epoch
+        in_order = batch.metadata["indices"] >= step * batch_size  # the last batch is filled up from the next epoch
+        yield batch[: int(in_order.sum())]
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """The number of images and a hash of their names: another order of epochs follows from another one."""
+    names = "\n".join(os.path.relpath(path, dataset.root) for path in dataset.paths)
+    return f"{len(dataset)} images ({hashlib.blake2b(os.fsencode(names), digest_size=4).hexdigest()})"
 
 
 def open_dataset(root: str, config: dict, classes: list[str] | None) -> VisionClassificationDataset:
@@ -366,10 +402,10 @@ def draw_predictions(images: list[Tensor], captions: list[list[str]], columns: i
 
 
 def draw_most_uncertain(
-    dataset: VisionClassificationDataset, probs: Tensor, targets: Tensor, count: int = 16
+    dataset: VisionClassificationDataset, probs: Tensor, targets: Tensor, places: Tensor, count: int = 16
 ) -> Tensor:
     """A picture of the images with the highest predictive entropy (nats), first the highest, with true class,
-    prediction and uncertainty. probs: [n, K] over the whole data set in order; targets: [n]."""
+    prediction and uncertainty. probs: [n, K]; targets: [n]; places: of the images in the data set, [n]."""
     entropy = predictive_entropy(probs)
     shown = entropy.argsort(descending=True)[:count].tolist()
     captions = [
@@ -380,28 +416,30 @@ def draw_most_uncertain(
         ]
         for i in shown
     ]
-    return draw_predictions([dataset[i] for i in shown], captions)
+    return draw_predictions([dataset[int(places[i])] for i in shown], captions)
 
 
 class Evaluation:
     """Collects the predictions for a data set: class probabilities of the deterministic network and of the mean over
-    T passes, both [n, K], and targets [n]."""
+    T passes, both [n, K], targets and places in the data set, [n]."""
 
     def __init__(self, dataset: VisionClassificationDataset, config: dict):
         self.dataset = dataset
-        self.rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def add(self, batch: TensorMiniBatch, outputs: Tensor, outputs_mc: Tensor) -> None:
         """outputs: logits [B, K] of the deterministic network; outputs_mc: [B, T, K] of T passes."""
         deterministic = classification_policy_adapter(outputs).probs
         over_passes = classification_policy_adapter(outputs_mc).probs.mean(1)
-        self.rows.append((deterministic.cpu(), over_passes.cpu(), batch.targets.cpu()))
+        row = deterministic, over_passes, batch.targets, batch.metadata["indices"]
+        self.rows.append(tuple(part.cpu() for part in row))
 
-    def columns(self) -> tuple[Tensor, Tensor, Tensor]:
+    def columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Probabilities of both, targets, places: each over all images."""
         return tuple(torch.cat(column) for column in zip(*self.rows))
 
     def figures(self) -> dict[str, float]:
-        return evaluation_figures(*self.columns())
+        return evaluation_figures(*self.columns()[:3])
 
     def draw(self) -> Tensor:
         """The most uncertain images, [3, height, width]."""

@@ -13,6 +13,7 @@ the first stochastic site is computed once per image whatever T is.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Masks = dict[str, Tensor]  # name of the stochastic site -> [B, T, 1, width], values 0 or 1 / (1 - dropout)
 
@@ -90,6 +91,7 @@ class VisionTransformer(nn.Module):
     dense: the head reads each patch token (for masks and boxes) instead of the class token.
     dropout: probability of a zero in a mask. dropout_blocks: k puts dropout in the last k encoder blocks only, None
     everywhere (after the position embedding too).
+    activation_checkpointing: keep of each block its input alone, and compute the rest anew in the backward pass.
     autocast_dtype: torch.bfloat16 runs the forward pass under autocast (weights stay as they are), None does not.
     Raises ValueError where sizes do not fit together.
     """
@@ -107,6 +109,7 @@ class VisionTransformer(nn.Module):
         dropout_blocks: int | None = None,
         num_classes: int = 1000,
         dense: bool = False,
+        activation_checkpointing: bool = False,
         autocast_dtype: torch.dtype | None = None,
     ):
         super().__init__()
@@ -120,6 +123,7 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"dropout_blocks {dropout_blocks} is not between 1 and depth {depth}")
         self.dropout = dropout
         self.dense = dense
+        self.activation_checkpointing = activation_checkpointing
         self.autocast_dtype = autocast_dtype
 
         self.patch_embed = PatchEmbed(patch_size, in_channels, embed_dim)
@@ -159,7 +163,11 @@ class VisionTransformer(nn.Module):
         x = apply_mask(x.unsqueeze(1), masks, "pos_drop")  # [B, 1 or T, L, D]
         for block in self.blocks:
             last = block is self.blocks[-1]
-            x = block(x, masks, num_queries=1 if last and class_token_only else x.shape[2])
+            num_queries = 1 if last and class_token_only else x.shape[2]
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, masks, num_queries, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, masks, num_queries)
         return self.norm(x)
 
     def forward(self, images: Tensor, masks: Masks | None = None) -> Tensor:

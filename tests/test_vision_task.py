@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -32,6 +33,7 @@ from vision_task import (
     evaluation_figures,
     expected_calibration_error,
     find_images,
+    fingerprint,
     ordered_batches,
     predictive_entropy,
     prepare,
@@ -786,9 +788,9 @@ def test_draw_most_uncertain_shows_the_highest_entropy_first(tmp_path, monkeypat
     dataset = image_folder(tmp_path / "train", {"ant": 2, "bee": 2})
     probs, drawn = torch.tensor([[0.9, 0.1], [0.5, 0.5], [1.0, 0.0], [0.25, 0.75]]), []
     monkeypatch.setattr(vision_task, "draw_predictions", lambda *args: drawn.append(args))
-    draw_most_uncertain(dataset, probs, dataset.targets, count=3)
+    draw_most_uncertain(dataset, probs, dataset.targets, torch.tensor([3, 2, 1, 0]), count=3)
     [(images, captions)] = drawn
-    assert torch.equal(torch.stack(images), torch.stack([dataset[1], dataset[3], dataset[0]]))
+    assert torch.equal(torch.stack(images), torch.stack([dataset[2], dataset[0], dataset[3]]))
     assert captions == [
         ["true ant", "ant (50%)", "entropy 0.69"],
         ["true bee", "bee (75%)", "entropy 0.56"],
@@ -806,3 +808,115 @@ def test_a_prepared_model_takes_uint8_images():
     assert masks["pos_drop"].shape == (5, 2, 1, 16)
     assert torch.equal(network(images), model(prepare(images, [0.4] * 3, [0.2] * 3)))
     assert torch.equal(network(images, masks), model(prepare(images, [0.4] * 3, [0.2] * 3), masks))
+
+
+# --- Dirty data -------------------------------------------------------------------------------------------------------
+
+
+def spoil(path, how: str) -> None:
+    """Makes an image file undecodable."""
+    if how == "gone":
+        path.unlink()
+    elif how == "text":
+        path.write_text("this is no picture")
+    elif how == "truncated":
+        Image.fromarray(noise(64, 64)).save(path)
+        path.write_bytes(path.read_bytes()[:700])
+    else:  # a decompression bomb: a small file that claims 30,000 x 30,000 pixels
+        Image.new("1", (30_000, 30_000)).save(path, "PNG")
+
+
+@pytest.mark.parametrize("how", ["gone", "text", "truncated", "bomb"])
+@pytest.mark.parametrize("cache, num_workers", [(False, 0), (True, 0), (True, 1)])
+def test_skip_lets_the_next_good_image_take_the_place(tmp_path, how, cache, num_workers):
+    """Images 2 and 3 of 7 (the last of one class and the first of the next) are bad: 4 stands in for both, with its
+    own class, in every epoch, from the cache too; the report names both files each time they are met."""
+    dataset, reports = image_folder(tmp_path, {"ant": 3, "bee": 4}), []
+    good = [dataset[i] for i in range(7)]
+    for i in (2, 3):
+        spoil(Path(dataset.paths[i]), how)
+    options = {"cache": cache, "num_workers": num_workers, "on_bad": "skip", "report": reports.append}
+    batches = stream_batches(dataset, lambda epoch: torch.arange(7), 7, range(3), **options)
+    for batch in batches:
+        assert batch.metadata["indices"].tolist() == [0, 1, 4, 4, 4, 5, 6]
+        assert batch.targets.tolist() == [0, 0, 1, 1, 1, 1, 1]
+        assert all(torch.equal(image, good[i]) for image, i in zip(batch.inputs, [0, 1, 4, 4, 4, 5, 6]))
+    assert len(reports) == (1 if cache else 3)
+    for report in reports:
+        assert list(report) == [dataset.paths[2], dataset.paths[3]]
+        assert all(message.startswith(f"{path}: not a readable image (") for path, message in report.items())
+
+
+def test_an_error_is_raised_unless_skipping_is_asked_for(tmp_path):
+    dataset = image_folder(tmp_path, {"ant": 3, "bee": 2})
+    spoil(Path(dataset.paths[1]), "text")
+    with pytest.raises(InputError, match="not a readable image"):
+        list(stream_batches(dataset, lambda epoch: torch.arange(5), 5, range(1)))
+
+
+def test_the_last_images_are_replaced_by_the_first(tmp_path):
+    dataset = image_folder(tmp_path, {"ant": 2, "bee": 2})
+    spoil(Path(dataset.paths[3]), "gone")
+    batch = next(stream_batches(dataset, lambda epoch: torch.arange(4), 4, range(1), on_bad="skip"))
+    assert batch.metadata["indices"].tolist() == [0, 1, 2, 0]
+
+
+def test_no_good_image_at_all(tmp_path):
+    dataset = image_folder(tmp_path, {"ant": 2, "bee": 2})
+    for path in dataset.paths:
+        spoil(Path(path), "gone")
+    with pytest.raises(InputError, match="no image that can be decoded"):
+        next(stream_batches(dataset, lambda epoch: torch.arange(4), 2, range(1), on_bad="skip"))
+
+
+@pytest.mark.parametrize("bad", [[0], [3, 4], [6], [0, 1, 2, 3, 4, 5, 6]])
+def test_an_evaluation_drops_what_cannot_be_decoded(tmp_path, bad):
+    """No image stands in for another, none is counted twice; batches keep their places."""
+    dataset, reports = image_folder(tmp_path, {"ant": 3, "bee": 4}), []
+    for i in bad:
+        spoil(Path(dataset.paths[i]), "text")
+    batches = list(ordered_batches(dataset, 3, on_bad="drop", report=reports.append))
+    seen = [batch.metadata["indices"].tolist() for batch in batches]
+    assert seen == [[i for i in part if i not in bad] for part in ([0, 1, 2], [3, 4, 5], [6])]
+    assert {path for report in reports for path in report} == {dataset.paths[i] for i in bad}
+
+
+def test_every_other_batch(tmp_path):
+    """What two processes evaluate: all batches, each by one of them."""
+    dataset = image_folder(tmp_path, {"ant": 3, "bee": 4})
+    parts = [[b.metadata["indices"].tolist() for b in ordered_batches(dataset, 2, first, 2)] for first in range(2)]
+    assert parts == [[[0, 1], [4, 5]], [[2, 3], [6]]]
+
+
+def test_the_slices_of_two_processes_are_the_batch():
+    whole = list(seen_indices(stream_batches(memory_dataset(7), shuffled(7), 4, range(5))))
+    parts = [
+        list(seen_indices(stream_batches(memory_dataset(7), shuffled(7), 4, range(5), part=part)))
+        for part in (slice(0, 2), slice(2, 4))
+    ]
+    assert [a + b for a, b in zip(*parts)] == whole
+
+
+def test_names_that_are_not_utf_8_and_line_breaks(tmp_path):
+    """They are read like others, and an error names them on one line that any terminal can print."""
+    folder = tmp_path / "train"
+    image_folder(folder, {"ant": 2, "bee": 2})
+    odd = os.fsencode(folder / "ant") + b"/\xff\xfe\nx.png"
+    with open(odd, "wb") as file:
+        file.write(b"nothing")
+    with open(os.fsencode(folder / "bee") + b"/\xe9.png", "wb") as file:
+        Image.fromarray(noise(4, 4)).save(file, "PNG")
+    dataset = VisionClassificationDataset(str(folder), 4)
+    assert len(dataset) == 6 and dataset[5].shape == (3, 4, 4)
+    with pytest.raises(InputError) as error:
+        list(ordered_batches(dataset, 6))
+    str(error.value).encode("utf-8")
+    assert "\n" not in str(error.value) and r"\udcff\udcfe\nx.png: not a readable image" in str(error.value)
+    assert fingerprint(dataset).startswith("6 images (")
+
+
+def test_the_fingerprint_is_of_the_names_below_the_folder(tmp_path):
+    one, two = (image_folder(tmp_path / name, {"ant": 2, "bee": 2}) for name in ("a", "b"))
+    assert fingerprint(one) == fingerprint(two)
+    Path(one.paths[1]).rename(tmp_path / "a" / "ant" / "7.png")
+    assert fingerprint(VisionClassificationDataset(str(tmp_path / "a"), 4)) != fingerprint(two)
