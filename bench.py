@@ -3,6 +3,7 @@
     uv run bench.py                          # config.yaml and config_digits.yaml, under five minutes on 2 cores
     uv run bench.py --config my.yaml
     uv run bench.py --tasks                  # the step of config_segmentation.yaml and config_detection.yaml
+    uv run bench.py --plan --config config_24GB.yaml    # GPU memory of a config by calculation, in no time
 
 On the CPU in float32, best with nothing else running. The ratios are of wall-clock times of A, B, A, B, ... in one
 process, pair by pair. Figures that no config changes the meaning of are measured on the first config.
@@ -372,12 +373,51 @@ def task_figures(budget: float) -> list[Callable[[], list[Row]]]:
     ]
 
 
+def memory_plan(config: dict, world: int = 1) -> dict[str, float]:
+    """Bytes on each of `world` GPUs: weights, gradients and AdamW's two moments in float32, and what the forward pass
+    of a micro-batch keeps for the backward pass.
+
+    A block keeps, per token and unit of embed_dim, the inputs of norms, linear layers and GELU, and q, k, v and the
+    output of attention: 8 + 2 · mlp_ratio numbers, of which under bfloat16 autocast only the norms' inputs are
+    float32; with activation checkpointing its input alone, and one block whole. Blocks before the first stochastic one
+    run once per image, the others T times; the last one of a classifier keeps little more than keys and values.
+    """
+    model, training = SimpleNamespace(**config["model"]), SimpleNamespace(**config["training"])
+    shape = {k: v for k, v in config["model"].items() if k not in ("num_classes", "checkpoint_path", "compile")}
+    with torch.device("meta"):
+        params = sum(p.numel() for p in train.VisionTransformer(**shape, num_classes=1000).parameters())
+    tokens = 1 + (model.image_size // model.patch_size) ** 2
+    stochastic = model.depth if model.dropout_blocks is None else model.dropout_blocks
+    passes = config["rollout"]["num_mc_samples"]
+    runs = model.depth - stochastic + stochastic * passes  # of a block, per image
+    half = training.dtype != "float32"  # auto: bfloat16 on a GPU
+    block = 2 * 4 + (6 + 2 * model.mlp_ratio) * (2 if half else 4)  # bytes per token and unit of embed_dim
+    last = 0
+    if config["task"] == "classification":  # queries of one token: norm1's input, its output, k, v and little else
+        runs -= passes
+        last = passes * tokens * model.embed_dim * (4 + 3 * (2 if half else 4))
+    per_image = runs * tokens * model.embed_dim * block + last
+    if model.activation_checkpointing:
+        per_image = tokens * model.embed_dim * (4 * (runs + passes) + passes * block)
+    micro = training.micro_batch_size or training.batch_size // world
+    return {
+        "parameters": params,
+        "weights, gradients, AdamW": 16 * params,
+        "activations per image": per_image,
+        "images at a time": micro,
+        "activations": per_image * micro,
+        "in all": 16 * params + per_image * micro,
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", nargs="+", default=["config.yaml", "config_digits.yaml"], metavar="FILE")
     parser.add_argument("--tasks", action="store_true", help="masks and boxes instead (data/scenes has to be there)")
+    parser.add_argument("--plan", action="store_true", help="GPU memory of the configs, by calculation")
+    parser.add_argument("--gpus", type=int, default=1, help="for --plan: over how many the batch is split (1)")
     parser.add_argument("--seconds", type=float, default=15, help="of repetitions for each figure (15)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch's (all cores)")
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)  # how `memory` starts itself
@@ -388,6 +428,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.memory:
             print(memory_growth(first, args.memory[0], int(args.memory[1])))
+            return 0
+        if args.plan:
+            for path in args.config:
+                print(path)
+                for name, value in memory_plan(check((path, read_yaml(path))), args.gpus).items():
+                    counted = name in ("parameters", "images at a time")
+                    print(f"  {name:26s} {f'{value:,.0f}' if counted else f'{value / 1e9:.3f} GB'}")
             return 0
         keep_freed_memory()
         for path in args.config:

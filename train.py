@@ -425,8 +425,8 @@ def train(args: argparse.Namespace) -> int:
     task, rewards = TASKS[config["task"]], load_rewards(config)
     micro_batch_size = training.micro_batch_size or training.batch_size
     rank, world = rank_and_world()
-    own, uneven = divmod(training.batch_size, world)  # images of each batch that are this process's
-    if uneven or own % (training.micro_batch_size or own):
+    per_rank, uneven = divmod(training.batch_size, world)  # images of each batch that are this process's
+    if uneven or per_rank % (training.micro_batch_size or per_rank):
         raise InputError(
             f"training.batch_size: {training.batch_size} does not fall into equal parts for {world} processes"
             + (f" of whole micro-batches of {training.micro_batch_size}" if training.micro_batch_size else "")
@@ -569,7 +569,7 @@ def train(args: argparse.Namespace) -> int:
 
     # Train: rollout -> reward -> update -> log -> evaluate -> save.
     order = partial(epoch_order, seed=training.seed, size=len(train_set))
-    part = slice(rank * own, (rank + 1) * own)
+    part = slice(rank * per_rank, (rank + 1) * per_rank)
     steps = range(start, training.steps)
     batches = stream_batches(
         train_set, order, training.batch_size, steps, cache=cache, part=part, on_bad=data.on_bad_image, **loader
