@@ -888,7 +888,8 @@ def test_every_other_batch(tmp_path):
     assert parts == [[[0, 1], [4, 5]], [[2, 3], [6]]]
 
 
-def test_the_slices_of_two_processes_are_the_batch():
+def test_the_slices_of_two_processes_are_the_batch(monkeypatch):
+    monkeypatch.setattr(vision_task, "decode_image", fake_decode)
     whole = list(seen_indices(stream_batches(memory_dataset(7), shuffled(7), 4, range(5))))
     parts = [
         list(seen_indices(stream_batches(memory_dataset(7), shuffled(7), 4, range(5), part=part)))
