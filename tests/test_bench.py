@@ -9,6 +9,8 @@ import yaml
 from torch.distributions import Distribution
 
 import bench
+import train
+from config import check, read_yaml
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"image_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "dropout_blocks": 1}
@@ -108,3 +110,41 @@ def test_memory_of_a_fresh_process(path, capfd):
 def test_bad_config_ends_with_one_line(capsys):
     assert bench.main(["--config", "nowhere.yaml", "--threads", str(torch.get_num_threads())]) == 2
     assert capsys.readouterr().err.startswith("bench.py: nowhere.yaml: cannot be read")
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dropout_blocks", [None, 2])
+def test_the_memory_plan_is_what_a_forward_pass_keeps(task, dtype, dropout_blocks):
+    """Bytes of the tensors saved for the backward pass of a small ViT, weights not counted, within a tenth."""
+    keys = {"task": task, "model.image_size": 64, "model.patch_size": 8, "model.embed_dim": 128, "model.depth": 6}
+    keys |= {"model.num_heads": 2, "model.dropout_blocks": dropout_blocks, "training.dtype": dtype}
+    keys |= {"training.batch_size": 4}
+    config = check(("test", keys))
+    model = train.build_model(config, 2, torch.device("cpu"))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        cast = any(tensor.numel() == p.numel() for p in model.parameters())  # the weights in bfloat16
+        if storage.data_ptr() not in weights and not cast:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(torch.randn(4, 3, 64, 64), model.sample_masks(4, 4))
+    plan = bench.memory_plan(config)
+    assert plan["images at a time"] == 4
+    assert plan["activations"] == pytest.approx(sum(kept.values()), rel=0.1)
+
+
+def test_the_shipped_plan():
+    """config_24GB.yaml fits into 24 GB, and with two GPUs each has half the images."""
+    config = check(("config_24GB.yaml", read_yaml("config_24GB.yaml")))
+    one, two = bench.memory_plan(config), bench.memory_plan(config, 2)
+    assert (
+        one["parameters"] == pytest.approx(22.07e6, rel=1e-3)
+        and one["weights, gradients, AdamW"] == 16 * one["parameters"]
+    )
+    assert 12e9 < one["in all"] < 18e9 and two["activations"] * 2 == one["activations"]

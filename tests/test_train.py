@@ -1138,6 +1138,84 @@ def test_a_reward_file_may_define_a_dataclass(tmp_path):
     assert weight == 0.5 and function(actions, None, targets, {}).tolist() == [[[0.0, 2.0]]]
 
 
+# --- Dirty data -------------------------------------------------------------------------------------------------------
+
+
+def more_images() -> None:
+    """160 training images instead of 24: the same under more names."""
+    for path in sorted(Path("train").rglob("*.png")):
+        for i in range(6):
+            shutil.copy(path, path.with_name(f"{path.stem}-{i}.png"))
+
+
+def test_bad_images_are_skipped_named_once_and_counted(capsys):
+    more_images()
+    bad = sorted(Path("train/1").iterdir())[3]
+    bad.write_text("no picture")
+    Path("eval/0", sorted(os.listdir("eval/0"))[0]).unlink()
+    (Path("eval/0") / "broken.png").write_bytes(b"")
+    assert refused(capsys, "training.steps=30").startswith(("train/1", "eval/0"))
+    shutil.rmtree("ckpt", ignore_errors=True)
+    shutil.rmtree("logs", ignore_errors=True)
+    (Path("eval/0") / "broken.png").unlink()
+    capsys.readouterr()
+    assert run("training.steps=30", "data.on_bad_image=skip") == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1 and warnings[0].startswith(f"warning: {bad}: not a readable image")
+    assert scalars("tiny")["data/bad_images"][30] == 1
+
+
+def test_more_than_one_percent_of_bad_images_stop_the_run(capsys):
+    more_images()
+    for path in sorted(Path("train/1").iterdir())[:3]:
+        path.write_text("no picture")
+    line = refused(capsys, "training.steps=30", "data.on_bad_image=skip")
+    assert re.match(
+        r"data.on_bad_image: skip: \d of 180 images cannot be decoded, more than 1 %; the last: train/1", line
+    )
+
+
+def test_an_evaluation_leaves_bad_images_out(capsys):
+    for path in sorted(Path("eval").rglob("*.png")):
+        for i in range(20):
+            shutil.copy(path, path.with_name(f"{path.stem}-{i}.png"))
+    assert run("training.steps=3") == 0
+    good = train.main(["--evaluate", "ckpt/tiny"])
+    bad = sorted(Path("eval/4").iterdir())[5]
+    text = bad.read_bytes()
+    bad.write_text("no picture")
+    capsys.readouterr()
+    assert train.main(["--evaluate", "ckpt/tiny", "data.on_bad_image=skip"]) == good == 0
+    dropped = capsys.readouterr().out.splitlines()[-1]
+    bad.write_bytes(text)
+    os.rename(bad, "aside.png")
+    assert train.main(["--evaluate", "ckpt/tiny"]) == 0
+    without = capsys.readouterr().out.splitlines()[-1]
+    assert dropped.split(" (mean")[0] == without.split(" (mean")[0]  # the passes' draws are by place in a batch
+
+
+def test_a_data_set_that_changed_before_a_resume_is_said(capsys, monkeypatch):
+    assert stop_after(monkeypatch, 4) == 143
+    shutil.copy(next(Path("train/0").iterdir()), "train/0/new.png")
+    assert run("--resume", "ckpt/tiny") == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1
+    assert re.match(
+        r"warning: train holds 25 images \(.*\), it held 24 images \(.*\): the rest of this epoch", warnings[0]
+    )
+
+
+def test_out_of_memory_is_a_line_that_names_the_keys(capsys, monkeypatch):
+    def step(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\n GPU 0 has ...")
+
+    monkeypatch.setattr(train, "training_step", step)
+    line = refused(capsys)
+    assert line.startswith("out of memory (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...); lower")
+    for key in ("training.micro_batch_size", "rollout.num_mc_samples", "model.activation_checkpointing"):
+        assert key in line and (key in SCHEMA)
+
+
 # --- Masks and boxes --------------------------------------------------------------------------------------------------
 
 

@@ -388,3 +388,25 @@ def test_patches_are_in_row_major_order():
     images[:, :, 4:8, 8:12] = 5.0  # row 1, column 2
     changed = (model(images) - dark).norm(dim=-1)[0]
     assert changed.argmax() == 1 * 3 + 2
+
+
+@pytest.mark.parametrize("dropout_blocks", [None, 1])
+def test_activation_checkpointing_changes_memory_and_nothing_else(dropout_blocks):
+    """The same outputs and gradients; what is kept for the backward pass is less by more than half."""
+    outputs, grads, kept = [], [], []
+    for checkpointing in (False, True):
+        model = make_model(depth=4, dropout_blocks=dropout_blocks, activation_checkpointing=checkpointing)
+        images, masks = make_inputs(model, 3, 2)
+        sizes = {}
+
+        def pack(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = model(images, masks)
+        outputs.append(output.detach())
+        grads.append(gradients(model, output.square().sum()))
+        kept.append(sum(sizes.values()))
+    assert torch.equal(*outputs) and all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+    assert kept[1] < 0.5 * kept[0]
