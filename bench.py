@@ -4,6 +4,7 @@
     uv run bench.py --config my.yaml
     uv run bench.py --tasks                  # the step of config_segmentation.yaml and config_detection.yaml
     uv run bench.py --plan --config config_24GB.yaml    # GPU memory of a config by calculation, in no time
+    uv run bench.py --scan 1000000                      # finding so many image files
 
 On the CPU in float32, best with nothing else running. The ratios are of wall-clock times of A, B, A, B, ... in one
 process, pair by pair. Figures that no config changes the meaning of are measured on the first config.
@@ -16,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -373,6 +375,19 @@ def task_figures(budget: float) -> list[Callable[[], list[Row]]]:
     ]
 
 
+def scan(count: int, classes: int = 1000) -> tuple[float, float]:
+    """Seconds, and bytes of memory per file, to find `count` image files in an image folder. Linux only."""
+    with tempfile.TemporaryDirectory() as folder:
+        for c in range(classes):
+            os.mkdir(f"{folder}/class_{c:04d}")
+            for i in range(c, count, classes):
+                open(f"{folder}/class_{c:04d}/image_{i:08d}.jpg", "w").close()
+        before = resident("VmRSS")
+        begin = time.perf_counter()
+        dataset = train.TASKS["classification"].VisionClassificationDataset(folder, 224)
+        return time.perf_counter() - begin, (resident("VmRSS") - before) / len(dataset)
+
+
 def memory_plan(config: dict, world: int = 1) -> dict[str, float]:
     """Bytes on each of `world` GPUs: weights, gradients and AdamW's two moments in float32, and what the forward pass
     of a micro-batch keeps for the backward pass.
@@ -417,6 +432,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", nargs="+", default=["config.yaml", "config_digits.yaml"], metavar="FILE")
     parser.add_argument("--tasks", action="store_true", help="masks and boxes instead (data/scenes has to be there)")
     parser.add_argument("--plan", action="store_true", help="GPU memory of the configs, by calculation")
+    parser.add_argument("--scan", type=int, metavar="N", help="time and memory to find N image files")
     parser.add_argument("--gpus", type=int, default=1, help="for --plan: over how many the batch is split (1)")
     parser.add_argument("--seconds", type=float, default=15, help="of repetitions for each figure (15)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch's (all cores)")
@@ -428,6 +444,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.memory:
             print(memory_growth(first, args.memory[0], int(args.memory[1])))
+            return 0
+        if args.scan:
+            taken, size = scan(args.scan)
+            print(f"{args.scan} files: {taken:.1f} s, {size:.0f} bytes of memory each")
             return 0
         if args.plan:
             for path in args.config:
