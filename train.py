@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from functools import partial
@@ -57,8 +58,28 @@ def connect(device: torch.device) -> dist.ProcessGroup | None:
     """Meet the other processes; returns a group for words between hosts, or None if there is one process alone."""
     if rank_and_world()[1] == 1:
         return None
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store = meet()
+    rank, world = rank_and_world()
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     return dist.new_group(backend="gloo")
+
+
+def meet() -> dist.Store:
+    """A store of the processes that are alive. torchrun keeps one over its restarts, and in it the addresses of the
+    dead: rank 0 hands a new prefix to each process that says hello by a name never used before."""
+    store, rank, world = next(dist.rendezvous("env://"))
+    own = uuid.uuid4().hex
+    store.set(f"hello/{rank}", own)
+    if rank:
+        prefix = store.get(f"prefix/{own}").decode()  # waits for it
+        store.set(f"{prefix}/met/{rank}", "")
+        return dist.PrefixStore(prefix, store)
+    while not all(store.check([f"{own}/met/{other}"]) for other in range(1, world)):
+        for other in range(1, world):
+            if store.check([f"hello/{other}"]):  # it may be that of a dead one: then its own is still to come
+                store.set(f"prefix/{store.get(f'hello/{other}').decode()}", own)
+        time.sleep(0.02)
+    return dist.PrefixStore(own, store)
 
 
 def agreed(stop: list[int], group: dist.ProcessGroup | None) -> int:
@@ -680,6 +701,11 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
+            raise
+        print(f"train.py: another process is gone, or out of reach ({one_line(error)[:160]})", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # before the first step or after the last: there is nothing to save
         return 128 + signal.SIGINT
     finally:
