@@ -16,7 +16,6 @@ import os
 import signal
 import sys
 import time
-import uuid
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from functools import partial
@@ -38,73 +37,13 @@ from checkpoint import load_checkpoint, load_weights, save_checkpoint
 from config import check, describe_keys, flatten, one_line, parse_override, read_yaml
 from data_types import Episode, InputError, TensorMiniBatch
 from grpo import Reward, keyed_rng, rollout, update_policy
+from processes import agreed, connect, gathered, rank_and_world, share_metrics
 from vision_task import ordered_batches, stream_batches
 from vit_model import VisionTransformer
 
 TASKS = {"classification": vision_task, "segmentation": segmentation_task, "detection": detection_task}
 REPLAY_BELOW = 0.6  # share of live groups below which a forward pass without a graph + a replay of the live is cheaper
 WARN_DEAD_STEPS = 50
-
-
-# --- Several processes ------------------------------------------------------------------------------------------------
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process's rank and how many there are, as `torchrun` says; 0 and 1 without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def connect(device: torch.device) -> dist.ProcessGroup | None:
-    """Meet the other processes; returns a group for words between hosts, or None if there is one process alone."""
-    if rank_and_world()[1] == 1:
-        return None
-    store = meet()
-    rank, world = rank_and_world()
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
-    return dist.new_group(backend="gloo")
-
-
-def meet() -> dist.Store:
-    """A store of the processes that are alive. torchrun keeps one over its restarts, and in it the addresses of the
-    dead: rank 0 hands a new prefix to each process that says hello by a name never used before."""
-    store, rank, world = next(dist.rendezvous("env://"))
-    own = uuid.uuid4().hex
-    store.set(f"hello/{rank}", own)
-    if rank:
-        prefix = store.get(f"prefix/{own}").decode()  # waits for it
-        store.set(f"{prefix}/met/{rank}", "")
-        return dist.PrefixStore(prefix, store)
-    while not all(store.check([f"{own}/met/{other}"]) for other in range(1, world)):
-        for other in range(1, world):
-            if store.check([f"hello/{other}"]):  # it may be that of a dead one: then its own is still to come
-                store.set(f"prefix/{store.get(f'hello/{other}').decode()}", own)
-        time.sleep(0.02)
-    return dist.PrefixStore(own, store)
-
-
-def agreed(stop: list[int], group: dist.ProcessGroup | None) -> int:
-    """The signal that asked any of the processes to stop, 0 if none did."""
-    number = torch.tensor(max(stop, default=0))
-    if group:
-        dist.all_reduce(number, dist.ReduceOp.MAX, group=group)
-    return int(number)
-
-
-def share_metrics(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`update_policy`'s metrics of this process's images -> of the whole batch. The loss is a sum already."""
-    if not dist.is_initialized():
-        return metrics
-    world = dist.get_world_size()
-    same = ("loss", "grad_norm", "group_rewards", "reward/min")
-    names = [name for name in metrics if name not in same]
-    values = torch.stack([metrics[name].float() for name in names])
-    groups = [torch.empty_like(metrics["group_rewards"]) for _ in range(world)]
-    lowest = metrics["reward/min"].clone()
-    dist.all_reduce(values)
-    dist.all_reduce(lowest, dist.ReduceOp.MIN)
-    dist.all_gather(groups, metrics["group_rewards"].contiguous())
-    shared = dict(zip(names, values / world))
-    return metrics | shared | {"reward/min": lowest, "group_rewards": torch.cat(groups)}
 
 
 # --- What the config's words stand for --------------------------------------------------------------------------------
@@ -317,17 +256,6 @@ def evaluate(
     for row in gathered(outputs(), -(-len(dataset) // size), group) if group else outputs():
         evaluation.add(*row)
     return evaluation
-
-
-def gathered(rows: Iterator[tuple], count: int, group: dist.ProcessGroup) -> Iterator[tuple]:
-    """On rank 0 the `count` rows of all processes in turn, their tensors on the CPU; on the others none."""
-    rank, world = rank_and_world()
-    for _ in range(-(-count // world)):
-        row = next(rows, None)
-        row = row and tuple(part.to("cpu") for part in row)
-        everybody = None if rank else [None] * world
-        dist.gather_object(row, everybody, group=group)
-        yield from filter(None, everybody or ())
 
 
 def eval_line(figures: dict[str, float]) -> str:
@@ -663,8 +591,8 @@ def train(args: argparse.Namespace) -> int:
                 writer.add_scalar(name, value, done)
             writer.add_histogram("groups/success_rate", torch.cat([row["group_rewards"] for row in rows]).cpu(), done)
             writer.add_image("eval/most_uncertain", evaluation.draw(), done)
-            best = figures[task.BEST] > best_figure
-            best_figure = max(figures[task.BEST], best_figure)
+            best = figures[task.BEST] > best_figure  # not if it is NaN, for want of objects
+            best_figure = figures[task.BEST] if best else best_figure
             console.line(f"step {done}: {eval_line(figures)}")
         if log_due:
             rows = []

@@ -143,3 +143,24 @@ def workers(pid: int) -> list[int]:
         if found:
             ranks[int(found[0][5:])] = child
     return [ranks[rank] for rank in sorted(ranks)]
+
+
+def test_two_ranks_learn_the_digits_as_one_does_in_float32(folder):
+    """150 steps of config_digits.yaml: the draws are the same, the sums are rounded otherwise."""
+    keys = ["training.steps=150", "training.eval_interval=150", "training.micro_batch_size=32", "training.device=cpu"]
+    keys += [f"data.{part}_dir={ROOT}/data/{part}" for part in ("train", "eval")]
+    lines = []
+    for ranks in (1, 2):
+        arguments = ["--config", str(ROOT / "config_digits.yaml"), *keys, f"training.run_name=r{ranks}"]
+        lines += figures(run(ranks, *arguments, script=ROOT / "train.py")[0])
+    one, two = (float(re.search(r"accuracy (\S+)", line)[1]) for line in lines)
+    assert one > 0.6 and abs(one - two) < 0.02
+
+
+def test_the_short_form_of_the_kills(folder):
+    """tests/kill_runs.py with three kills, one of them in a write, and one of a rank."""
+    command = [sys.executable, str(ROOT / "tests" / "kill_runs.py"), "--kills=3", "--rank-kills=1", "--steps=80"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "the same bits as the undisturbed run after 80 steps" in ended.stdout
+    assert "1 kills of a rank: ended after 80 steps" in ended.stdout
