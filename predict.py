@@ -25,7 +25,7 @@ from torch import Tensor
 
 from checkpoint import load_checkpoint
 from config import check, flatten
-from data_types import InputError
+from data_types import InputError, printable
 from detection_task import box_policy_adapter, decode
 from grpo import classification_policy_adapter, keyed_rng
 from segmentation_task import confusion_matrix, mask_policy_adapter, overlay
@@ -107,11 +107,6 @@ def find_files(arguments: list[str]) -> list[tuple[str, str]]:
     if not files:
         raise InputError("no images: name files or folders, or --evaluate a folder in the task's format")
     return files
-
-
-def printable(text: str) -> str:
-    """A path, say, on one line and without control characters."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def complain(error: Exception | str) -> None:

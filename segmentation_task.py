@@ -173,7 +173,9 @@ def network(model: nn.Module, config: dict) -> Prepared:
 
 def mask_policy_adapter(outputs: Tensor) -> Categorical:
     """Logits [B, T, H, W, K] -> a class per pixel, in float32 (or better)."""
-    return classification_policy_adapter(outputs)
+    policy = classification_policy_adapter(outputs)
+    policy.probs = policy.logits.exp()  # they are normalised; softmax, which it would take, is slow over small K
+    return policy
 
 
 def policy_adapter(config: dict, progress: float):
@@ -198,14 +200,13 @@ def pixel_counts(actions: Tensor, targets: Tensor, counted: Tensor, num_classes:
 
     actions: [B, T, A, H, W]; targets, counted: [B, H, W].
     """
-    shape = (*actions.shape[:3], num_classes)
     chosen, truth = actions.flatten(3), targets.flatten(1)[:, None, None].expand(*actions.shape[:3], -1)
-    weight = counted.flatten(1)[:, None, None].expand_as(truth).float()
-    zeros = weight.new_zeros(shape)
-    intersection = zeros.scatter_add(3, chosen, weight * (chosen == truth))
-    predicted = zeros.scatter_add(3, chosen, weight)
-    true = zeros[:, 0, 0].scatter_add(1, targets.flatten(1), counted.flatten(1).float())
-    return intersection, predicted, true[:, None, None].expand(shape)
+    weight = counted.flatten(1).float()  # [B, HW]
+    zeros = weight.new_zeros(*actions.shape[:3], 2 * num_classes)
+    case = chosen + num_classes * (chosen == truth)  # wrong pixels of each class, then right ones
+    wrong, intersection = zeros.scatter_add(3, case, weight[:, None, None].expand_as(case)).split(num_classes, 3)
+    true = weight.new_zeros(len(targets), num_classes).scatter_add(1, targets.flatten(1), weight)
+    return intersection, intersection + wrong, true[:, None, None].expand_as(wrong)
 
 
 def mean_iou(intersection: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
@@ -233,7 +234,7 @@ def mask_iou_credit(actions: Tensor, outputs: Tensor, targets: Tensor, metadata:
     Leaving class c changes its IoU = I / U by rem(c), joining it by add(c); with n classes present and 0 for a class
     that is not, A = -[(1 - π(a)) rem(a) + Σ_{k≠a} π(k) add(k)] / n.
     """
-    probs = mask_policy_adapter(outputs).logits.exp().flatten(2, 3)  # [B, T, HW, K]; softmax is slow over small K
+    probs = mask_policy_adapter(outputs).probs.flatten(2, 3)  # [B, T, HW, K]
     counts = counts_of(actions, outputs, targets, metadata)
     intersection, predicted, true = (count.to(probs.dtype) for count in counts)  # [B, T, A, K]
     union = predicted + true - intersection

@@ -375,7 +375,7 @@ def train(args: argparse.Namespace) -> int:
     micro_batch_size = training.micro_batch_size or training.batch_size
     rank, world = rank_and_world()
     per_rank, uneven = divmod(training.batch_size, world)  # images of each batch that are this process's
-    if uneven or per_rank % (training.micro_batch_size or per_rank):
+    if uneven or (world > 1 and per_rank % (training.micro_batch_size or per_rank)):
         raise InputError(
             f"training.batch_size: {training.batch_size} does not fall into equal parts for {world} processes"
             + (f" of whole micro-batches of {training.micro_batch_size}" if training.micro_batch_size else "")
