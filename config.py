@@ -74,7 +74,10 @@ SCHEMA: dict[str, Key] = {
     "data.augment": Key(False, bool, "mirror half of the training images left to right"),
     "data.num_workers": Key(1, int, "processes that decode images; 0: the main process", **at_least(0)),
     "data.on_bad_image": Key(
-        "error", str, "skip: the next good one takes its place, a run of more than 1 % stops", **one_of("error", "skip")
+        "error",
+        str,
+        "error: the run stops; skip: the next good one takes its place, and more than 1 % stop the run",
+        **one_of("error", "skip"),
     ),
     "data.cache": Key(
         "auto", str, "keep decoded images in memory; auto: if they fit", **one_of("auto", "always", "never")

@@ -338,6 +338,11 @@ def accuracy_of_kept(uncertainty: Tensor, right: Tensor) -> Tensor:
     return right[order].double().cumsum(0) / torch.arange(1, len(right) + 1)
 
 
+def name_bad(bad: dict[str, str]) -> None:
+    for message in bad.values():
+        complain(message)
+
+
 @torch.no_grad()
 def evaluate(args: argparse.Namespace) -> int:
     """Figures of a folder in the task's format; returns the exit status."""
@@ -345,7 +350,11 @@ def evaluate(args: argparse.Namespace) -> int:
     task = TASKS[config["task"]]
     dataset = task.open_dataset(args.evaluate, config, classes)
     evaluation = task.Evaluation(dataset, config)
-    for batch in ordered_batches(dataset, args.batch_size, num_workers=config["data"]["num_workers"]):
+    on_bad = "drop" if config["data"]["on_bad_image"] == "skip" else "error"
+    options = {"num_workers": config["data"]["num_workers"], "on_bad": on_bad, "report": name_bad}
+    for batch in ordered_batches(dataset, args.batch_size, **options):
+        if len(batch) == 0:
+            continue
         outputs, outputs_mc = (filled_up(f, batch.inputs, args.batch_size) for f in (deterministic, passes))
         evaluation.add(batch.to(outputs.device), outputs, outputs_mc)
     figures = evaluation.figures()

@@ -404,6 +404,7 @@ def train(args: argparse.Namespace) -> int:
     cache, size = keep_decoded(data, train_set, eval_set)
     if not args.evaluate:
         kept = "kept in memory after the first epoch" if cache else "decoded again each epoch"
+        kept += " by each process" if world > 1 else ""
         console.line(f"data.cache: {data.cache}: {size / 1e6:.0f} MB of decoded images, {kept}")
 
     # Model.
@@ -444,8 +445,8 @@ def train(args: argparse.Namespace) -> int:
         images = len(train_set or ()) + len(eval_set or ())
         if len(bad_images) > images / 100:
             raise InputError(
-                f"data.on_bad_image: skip: {len(bad_images)} of {images} images cannot be decoded, more than 1 %; the "
-                f"last: {next(iter(bad.values()))}"
+                f"data.on_bad_image: skip: {len(bad_images)} of {images} images (training and evaluation) cannot be "
+                f"decoded, more than 1 %; the last: {next(iter(bad.values()))}"
             )
 
     loader = {"num_workers": data.num_workers, "pin_memory": device.type == "cuda", "report": report}

@@ -508,3 +508,22 @@ def test_a_damaged_image_cannot_be_evaluated(digits, tmp_path, capsys):
     assert refused(capsys, digits, "--evaluate", tmp_path / "eval").startswith(
         f"{tmp_path}/eval/3/x.png: not a readable"
     )
+
+
+def test_an_evaluation_leaves_bad_images_out_if_the_run_did(digits, tmp_path, capsys):
+    """data.on_bad_image: skip of the checkpoint: the file is named on stderr, figures are those without it."""
+    for name in "0123456789":
+        (tmp_path / "eval" / name).mkdir(parents=True)
+        for path in sorted(Path(DIGITS, name).iterdir())[:3]:
+            shutil.copy(path, tmp_path / "eval" / name)
+    without = as_json(capsys, digits, "--evaluate", tmp_path / "eval")["figures"]
+    (tmp_path / "eval" / "3" / "bad.png").write_text("no picture")
+    assert predict.main([digits, "--evaluate", str(tmp_path / "eval")]) == 2
+    state = torch.load(f"{digits}/last.pt", weights_only=True)
+    state["config"]["data"]["on_bad_image"] = "skip"
+    torch.save(state, tmp_path / "skip.pt")
+    capsys.readouterr()
+    assert predict.main([str(tmp_path / "skip.pt"), "--evaluate", str(tmp_path / "eval"), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert len(err.splitlines()) == 1 and "3/bad.png: not a readable image" in err
+    assert json.loads(out)["figures"] == pytest.approx(without, abs=1e-9)
