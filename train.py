@@ -484,6 +484,7 @@ def train(args: argparse.Namespace) -> int:
             ) from None
         for group, own in zip(optimizer.param_groups, hyperparameters):
             group |= own  # may be overridden
+        state = {"best_figure": state.get("best_accuracy", -1.0)} | state  # its name in older checkpoints
         start, best_figure, live_share, dead_steps, rows = (
             state[name] for name in ("step", "best_figure", "live_share", "dead_steps", "rows")
         )

@@ -105,14 +105,14 @@ def test_what_does_not_divide_is_said_once(folder):
 def test_sigterm_to_torchrun_saves_and_a_killed_rank_is_survived(folder):
     """SIGTERM: all ranks stop after the same step, one saves. SIGKILL of rank 1: torchrun starts anew, the run goes on
     from last.pt and ends as if nothing had been."""
-    arguments = [*DIGITS, "training.steps=600", "training.save_interval=20", "training.eval_interval=600"]
+    arguments = [*DIGITS, "training.steps=300", "training.save_interval=20", "training.eval_interval=300"]
     process = start(2, *arguments, "training.run_name=a")
     wait_for(Path("ckpt/a/last.pt"))
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     step = load_checkpoint(Path("ckpt/a"))["step"]
     assert f"stopped after step {step}, saved ckpt/a/step_{step:06d}.pt" in out, err
-    assert 20 <= step < 600
+    assert 20 <= step < 300
 
     options = ["--max-restarts=2"]
     process = start(2, *arguments, "--resume", "auto", "training.run_name=b", options=options)
@@ -120,7 +120,7 @@ def test_sigterm_to_torchrun_saves_and_a_killed_rank_is_survived(folder):
     os.kill(workers(process.pid)[1], signal.SIGKILL)
     out, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
-    assert load_checkpoint(Path("ckpt/b"))["step"] == 600
+    assert load_checkpoint(Path("ckpt/b"))["step"] == 300
     assert re.search(r"ckpt/b: going on after step (\d+)", out), out
     run(1, "--resume", "ckpt/a")
     assert difference(weights("a"), weights("b")) < 1e-6
@@ -159,8 +159,8 @@ def test_two_ranks_learn_the_digits_as_one_does_in_float32(folder):
 
 def test_the_short_form_of_the_kills(folder):
     """tests/kill_runs.py with three kills, one of them in a write, and one of a rank."""
-    command = [sys.executable, str(ROOT / "tests" / "kill_runs.py"), "--kills=3", "--rank-kills=1", "--steps=80"]
+    command = [sys.executable, str(ROOT / "tests" / "kill_runs.py"), "--kills=3", "--rank-kills=1", "--steps=60"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "the same bits as the undisturbed run after 80 steps" in ended.stdout
-    assert "1 kills of a rank: ended after 80 steps" in ended.stdout
+    assert "the same bits as the undisturbed run after 60 steps" in ended.stdout
+    assert "1 kills of a rank: ended after 60 steps" in ended.stdout
