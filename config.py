@@ -58,7 +58,7 @@ SCHEMA: dict[str, Key] = {
         None, str, "weights to start from: a checkpoint of this repo, or of timm, DeiT, DINO, MAE", optional=True
     ),
     "model.activation_checkpointing": Key(
-        False, bool, "keep the blocks' inputs alone for the backward pass: less memory, a third more time"
+        False, bool, "keep the blocks' inputs alone for the backward pass: less memory, their forward pass twice"
     ),
     "model.compile": Key(False, bool, "torch.compile the model"),
     "data.train_dir": Key("data/train", str, "folder of images, in the task's format"),

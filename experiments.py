@@ -1,8 +1,8 @@
 """Compares what learns, over seeds, on the bundled digits and on the scenes made of them.
 
     uv run experiments.py                # the digits: about half an hour on 2 cores
-    uv run experiments.py segmentation   # the scenes' masks (first: uv run data/make_scenes.py), MM minutes
-    uv run experiments.py detection      # the scenes' boxes, MM minutes
+    uv run experiments.py segmentation   # the scenes' masks (first: uv run data/make_scenes.py), about twenty minutes
+    uv run experiments.py detection      # the scenes' boxes
 
 Every run is `train.py` with the task's shipped config and overrides: same model, T, dropout and steps for all. The
 learning rate of each method is chosen from one grid on a hold-out of the training set (every fifth image); figures are

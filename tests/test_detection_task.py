@@ -340,7 +340,6 @@ def test_f1_reward_against_loops(seed):
     labels = targets[:, None, None, 0, :, 0].long().expand(shape)
     labels = torch.where(torch.rand(shape, generator=g) < 0.2, torch.randint(K + 1, shape, generator=g), labels)
     raw = targets[:, None, None, 1] + 0.3 * torch.randn(*shape, 4, generator=g)
-    raw = torch.where((labels == K)[..., None], raw, raw)
     actions = det.pack(labels, raw)
     reward = det.detection_f1_reward(actions, outputs, targets, metadata)
     assert reward.shape == (3, 2, 4)
