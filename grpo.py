@@ -81,7 +81,7 @@ def mean_counted(values: Tensor, counted: Tensor | None) -> Tensor:
     if counted is None:
         return values.mean()
     repeats = values.numel() // counted.numel()  # of each element: passes, actions
-    return only_counted(values, counted).sum() / (repeats * counted.sum()).clamp(min=1)
+    return only_counted(values, counted).sum() / (repeats * counted.count_nonzero()).clamp(min=1)
 
 
 def mean_per_image(values: Tensor, counted: Tensor | None) -> Tensor:
@@ -89,9 +89,9 @@ def mean_per_image(values: Tensor, counted: Tensor | None) -> Tensor:
     if counted is None:
         return values.reshape(len(values), -1).mean(1)
     repeats = values.numel() // counted.numel()
-    return only_counted(values, counted).reshape(len(values), -1).sum(1) / (repeats * counted.flatten(1).sum(1)).clamp(
-        min=1
-    )
+    return only_counted(values, counted).reshape(len(values), -1).sum(1) / (
+        repeats * counted.flatten(1).count_nonzero(1)
+    ).clamp(min=1)
 
 
 # --- Advantages -----------------------------------------------------------------------------------------------------
@@ -243,9 +243,10 @@ def clipped_loss(
     """
     advantages = advantages.reshape(*advantages.shape, *[1] * (log_probs.ndim - advantages.ndim))
     ratio = torch.exp(log_probs - old_log_probs)
-    unclipped = -ratio * advantages
-    clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    return torch.maximum(unclipped, clipped), ratio, clipped > unclipped
+    unclipped = ratio * -advantages
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * -advantages
+    active = clipped > unclipped
+    return torch.where(active, clipped, unclipped), ratio, active
 
 
 def select_live(episodes: list[Episode], pad_to: int) -> Episode | None:

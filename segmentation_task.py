@@ -15,7 +15,7 @@ from torch.distributions import Categorical
 from torch.utils.data import Dataset
 
 from data_types import Credit, InputError, TensorMiniBatch
-from grpo import classification_policy_adapter, nll
+from grpo import nll
 from vision_task import (
     Prepared,
     decode_image,
@@ -171,11 +171,25 @@ def network(model: nn.Module, config: dict) -> Prepared:
     return Prepared(model, data["mean"], data["std"], lambda tokens: unpatchify(tokens, patch_size))
 
 
-def mask_policy_adapter(outputs: Tensor) -> Categorical:
+class PixelClasses(Categorical):
+    """Categorical over many pixels and few classes: it draws by inversion, where torch.multinomial takes the pixels one
+    by one, and takes its probabilities from the normalised logits, as softmax is slow over few classes."""
+
+    def __init__(self, logits: Tensor):
+        super().__init__(logits=logits)
+        self.probs = self.logits.exp()
+
+    def sample(self, sample_shape: torch.Size | tuple = ()) -> Tensor:
+        uniform = torch.rand(self._extended_shape(sample_shape), device=self.probs.device)
+        drawn = torch.zeros_like(uniform, dtype=torch.uint8)  # there are less than IGNORED = 255 classes
+        for cumulative in self.probs.cumsum(-1)[..., :-1].unbind(-1):  # of each class but the last
+            drawn += uniform >= cumulative
+        return drawn.long()
+
+
+def mask_policy_adapter(outputs: Tensor) -> PixelClasses:
     """Logits [B, T, H, W, K] -> a class per pixel, in float32 (or better)."""
-    policy = classification_policy_adapter(outputs)
-    policy.probs = policy.logits.exp()  # they are normalised; softmax, which it would take, is slow over small K
-    return policy
+    return PixelClasses(outputs.to(torch.promote_types(outputs.dtype, torch.float32)))
 
 
 def policy_adapter(config: dict, progress: float):
@@ -195,16 +209,24 @@ def pixel_reward(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: di
     return (actions == targets[:, None, None]).float()
 
 
-def pixel_counts(actions: Tensor, targets: Tensor, counted: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+def pixel_cases(actions: Tensor, targets: Tensor, num_classes: int) -> Tensor:
+    """The chosen class where it is wrong, K + it where it is right. actions: [B, T, A, H, W]; targets: [B, H, W];
+    returns [B, T, A, HW]."""
+    chosen = actions.flatten(3)
+    return torch.add(chosen, chosen == targets.flatten(1)[:, None, None], alpha=num_classes)
+
+
+def pixel_counts(
+    cases: Tensor, targets: Tensor, counted: Tensor | None, num_classes: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Counted pixels of each class: intersection I, predicted P, true Y, each float [B, T, A, K].
 
-    actions: [B, T, A, H, W]; targets, counted: [B, H, W].
+    cases: [B, T, A, HW], see `pixel_cases`; targets, counted (None: all count): [B, H, W].
     """
-    chosen, truth = actions.flatten(3), targets.flatten(1)[:, None, None].expand(*actions.shape[:3], -1)
-    weight = counted.flatten(1).float()  # [B, HW]
-    zeros = weight.new_zeros(*actions.shape[:3], 2 * num_classes)
-    case = chosen + num_classes * (chosen == truth)  # wrong pixels of each class, then right ones
-    wrong, intersection = zeros.scatter_add(3, case, weight[:, None, None].expand_as(case)).split(num_classes, 3)
+    weight = torch.ones_like(targets.flatten(1)) if counted is None else counted.flatten(1)  # [B, HW]
+    weight = weight.float()
+    zeros = weight.new_zeros(*cases.shape[:3], 2 * num_classes)
+    wrong, intersection = zeros.scatter_add(3, cases, weight[:, None, None].expand_as(cases)).split(num_classes, 3)
     true = weight.new_zeros(len(targets), num_classes).scatter_add(1, targets.flatten(1), weight)
     return intersection, intersection + wrong, true[:, None, None].expand_as(wrong)
 
@@ -216,15 +238,11 @@ def mean_iou(intersection: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
     return torch.where(present.any(-1), iou.sum(-1) / present.sum(-1).clamp(min=1), 1)
 
 
-def counts_of(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict) -> tuple[Tensor, Tensor, Tensor]:
-    counted = metadata.get("counted", torch.ones_like(targets, dtype=torch.bool))
-    return pixel_counts(actions, targets, counted, outputs.shape[-1])
-
-
 def mask_iou_reward(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict) -> Tensor:
     """One score per mask: IoU, mean over the classes present in the truth. actions: [B, T, A, H, W]; outputs: logits
     [B, T, H, W, K]; targets: [B, H, W]; returns [B, T, A]."""
-    return mean_iou(*counts_of(actions, outputs, targets, metadata))
+    cases = pixel_cases(actions, targets, outputs.shape[-1])
+    return mean_iou(*pixel_counts(cases, targets, metadata.get("counted"), outputs.shape[-1]))
 
 
 def mask_iou_credit(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict) -> Credit:
@@ -235,7 +253,8 @@ def mask_iou_credit(actions: Tensor, outputs: Tensor, targets: Tensor, metadata:
     that is not, A = -[(1 - π(a)) rem(a) + Σ_{k≠a} π(k) add(k)] / n.
     """
     probs = mask_policy_adapter(outputs).probs.flatten(2, 3)  # [B, T, HW, K]
-    counts = counts_of(actions, outputs, targets, metadata)
+    cases = pixel_cases(actions, targets, probs.shape[-1])  # [B, T, A, HW]
+    counts = pixel_counts(cases, targets, metadata.get("counted"), probs.shape[-1])
     intersection, predicted, true = (count.to(probs.dtype) for count in counts)  # [B, T, A, K]
     union = predicted + true - intersection
     weight = (true > 0).to(probs.dtype) / (true > 0).sum(-1, keepdim=True).clamp(min=1)  # w_c / n
@@ -243,19 +262,14 @@ def mask_iou_credit(actions: Tensor, outputs: Tensor, targets: Tensor, metadata:
     right = weight / union.clamp(min=1)  # add(c) = 1 / U, and rem(c) = -1 / U
     rem_wrong = weight * intersection / (union * (union - 1)).clamp(min=1)
     add_wrong = -weight * intersection / (union * (union + 1)).clamp(min=1)
-    rem, add = torch.cat([rem_wrong, -right], -1), torch.cat([add_wrong, right], -1)  # [B, T, A, 2K], by c + K · right
+    rem, add = torch.cat([rem_wrong, -right], -1), torch.cat([add_wrong, right], -1)  # [B, T, A, 2K], by case
 
-    chosen, truth = (
-        actions.flatten(3),
-        targets.flatten(1)[:, None, None].expand(*actions.shape[:3], -1),
-    )  # [B, T, A, HW]
-    case = chosen + probs.shape[-1] * (chosen == truth)
+    truth = targets.flatten(1)[:, None, None].expand_as(cases)
     prob_truth = probs.gather(-1, truth[:, :, 0, :, None])[..., 0].unsqueeze(2)  # [B, T, 1, HW]
-    probs_of_all = probs[:, :, None].expand(*chosen.shape, -1)  # [B, T, A, HW, K], a view
-    prob_chosen = probs_of_all.gather(-1, chosen[..., None])[..., 0]
+    prob_chosen = probs[:, :, None].expand(*cases.shape, -1).gather(-1, actions.flatten(3)[..., None])[..., 0]
     joined = torch.einsum("btpk,btak->btap", probs, add_wrong)  # Σ_k π(k) add(k), were no class the truth
-    joined = joined + prob_truth * (right - add_wrong).gather(-1, truth) - prob_chosen * add.gather(-1, case)
-    advantages = -((1 - prob_chosen) * rem.gather(-1, case) + joined)
+    joined = joined + prob_truth * (right - add_wrong).gather(-1, truth)  # Σ_k π(k) add(k), the chosen class's too
+    advantages = prob_chosen * (rem + add).gather(-1, cases) - rem.gather(-1, cases) - joined
     return Credit(advantages.view(actions.shape), mean_iou(*counts))
 
 

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 from sklearn.metrics import jaccard_score
@@ -152,6 +153,29 @@ def test_adapter_is_a_categorical_by_pixel():
     got = seg.mask_policy_adapter(outputs).log_prob(actions.movedim(2, 0)).movedim(0, 2)
     assert torch.allclose(got, expected, atol=1e-12)
     assert torch.equal(got[:, :, 0], Categorical(logits=outputs).log_prob(actions[:, :, 0]))
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 11])
+def test_adapter_draws_each_class_as_often_as_its_probability(num_classes):
+    torch.manual_seed(0)
+    outputs = torch.randn(1, 2, 3, 4, num_classes) * 2
+    outputs[..., 0, num_classes // 2] = -torch.inf if num_classes > 1 else 0  # a class that must never come
+    policy = seg.mask_policy_adapter(outputs)
+    n = 20_000
+    drawn = policy.sample((n,))
+    assert drawn.shape == (n, 1, 2, 3, 4) and drawn.dtype == torch.int64
+    share = F.one_hot(drawn, num_classes).float().mean(0)
+    expected = outputs.softmax(-1)
+    deviation = (share - expected).abs() / (expected * (1 - expected) / n).sqrt().clamp(min=1e-6)
+    assert deviation.max() < 4.5  # standard deviations, of at most 264 shares
+    neighbours = drawn.float().flatten(1)
+    if num_classes > 1:  # pixels are drawn independently of each other (nan: one that is always the same)
+        assert torch.corrcoef(neighbours.T).nan_to_num(0).triu(1).abs().max() < 4.5 / n**0.5
+    assert policy.sample().shape == (1, 2, 3, 4) and policy.sample((2, 5)).shape == (2, 5, 1, 2, 3, 4)
+    torch.manual_seed(1)
+    first = policy.sample((3,))
+    torch.manual_seed(1)
+    assert first.equal(policy.sample((3,)))
 
 
 def test_unpatchify_puts_each_logit_in_its_place():
