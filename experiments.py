@@ -2,7 +2,7 @@
 
     uv run experiments.py                # the digits: about half an hour on 2 cores
     uv run experiments.py segmentation   # the scenes' masks (first: uv run data/make_scenes.py), about twenty minutes
-    uv run experiments.py detection      # the scenes' boxes
+    uv run experiments.py detection      # the scenes' boxes, about an hour
 
 Every run is `train.py` with the task's shipped config and overrides: same model, T, dropout and steps for all. The
 learning rate of each method is chosen from one grid on a hold-out of the training set (every fifth image); figures are
@@ -74,14 +74,19 @@ MASK_TUNING = {"label": MASK_METHODS["supervised"], "mask_iou_credit": []}
 MASK_STEPS = 300
 TUNING_RATES = (5e-4, 1e-3, 2e-3)
 
-BOXES = Study("config_detection.yaml", "detection-", "map", 1, range(3), range(1), (1e-3, 2e-3), 250)
+BOXES = Study("config_detection.yaml", "detection-", "map", 1, range(3), range(1), (2e-3, 4e-3, 8e-3), 500)
 BOX_METHODS = {
-    "supervised-log_prob": ["training.objective=supervised", "detection.supervised_loss=log_prob"],
-    "supervised-iou": ["training.objective=supervised", "detection.supervised_loss=iou"],
+    f"supervised-{loss}": [
+        "training.objective=supervised",
+        "training.entropy_coef=0",
+        f"detection.supervised_loss={loss}",
+    ]
+    for loss in ("log_prob", "iou")
+} | {
     "detection_reward": [],
 }
 BOX_TUNING = {"label": BOX_METHODS["supervised-iou"], "detection_reward": ["detection.box_std=0.2"]}
-BOX_STEPS = 400
+BOX_STEPS = 500
 
 
 def cheque_cost(predicted: Tensor, targets: Tensor) -> Tensor:
