@@ -181,7 +181,7 @@ class PixelClasses(Categorical):
 
     def sample(self, sample_shape: torch.Size | tuple = ()) -> Tensor:
         uniform = torch.rand(self._extended_shape(sample_shape), device=self.probs.device)
-        drawn = torch.zeros_like(uniform, dtype=torch.uint8)  # there are less than IGNORED = 255 classes
+        drawn = torch.zeros_like(uniform, dtype=torch.int16)  # quicker to add up than int64
         for cumulative in self.probs.cumsum(-1)[..., :-1].unbind(-1):  # of each class but the last
             drawn += uniform >= cumulative
         return drawn.long()
