@@ -70,9 +70,14 @@ MASK_METHODS = {
     "supervised": ["training.objective=supervised", "training.entropy_coef=0"],
     "mask_iou_credit": [],
 }
-MASK_TUNING = {"label": MASK_METHODS["supervised"], "mask_iou_credit": []}
+MASK_TUNING = {
+    "label": MASK_METHODS["supervised"],
+    "pixel_reward": ["rollout.reward=pixel_reward", "training.entropy_coef=0"],
+    "mask_iou_credit": [],
+    "both": ["rollout.reward={mask_iou_credit: 300, pixel_reward: 1}", "training.entropy_coef=0"],
+}
 MASK_STEPS = 300
-TUNING_RATES = (5e-4, 1e-3, 2e-3)
+TUNING_RATES = (1e-3, 2e-3, 4e-3)
 
 BOXES = Study("config_detection.yaml", "detection-", "map", 1, range(3), range(1), (2e-3, 4e-3, 8e-3), 500)
 BOX_METHODS = {
@@ -83,6 +88,7 @@ BOX_METHODS = {
     ]
     for loss in ("log_prob", "iou")
 } | {
+    "supervised-iou-entropy": ["training.objective=supervised"],  # the reward's entropy bonus, for the label too
     "detection_reward": [],
 }
 BOX_TUNING = {"label": BOX_METHODS["supervised-iou"], "detection_reward": ["detection.box_std=0.2"]}

@@ -19,6 +19,7 @@ CLASSES = [str(digit) for digit in range(10)]
 MAX_IOU = 0.2  # of the boxes of two digits; each digit draws a bound below it, so that few overlap that much
 MIN_VISIBLE = 0.4  # of a digit's mask, under all that lie on top of it
 TRIES = 50  # places for a digit; then the scene does without it
+NOISE = {"": (8, 24), "noisy_": (30, 34)}  # by prefix of the folders: standard deviations of the pixels, from … to
 FINE = 4  # clutter is drawn this much larger and averaged down, so that its edges are as soft as the digits'
 
 
@@ -89,8 +90,13 @@ def draw_background(digits: list, size: int, base: float, rng: np.random.Generat
     return canvas
 
 
-def make_scene(digits: list, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list]:
-    """One scene: image and mask (0, or 1 + the digit), both [size, size] uint8, and per digit (class, box, area)."""
+def make_scene(
+    digits: list, size: int, noise: tuple[float, float], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, list]:
+    """One scene: image and mask (0, or 1 + the digit), both [size, size] uint8, and per digit (class, box, area).
+
+    noise: the least and the greatest standard deviation, in grey levels; drawn last, so that the rest is the same.
+    """
     base = rng.uniform(20, 90)
     canvas = draw_background(digits, size, base, rng)
     owner = np.zeros((size, size), dtype=np.int64)  # 0, or the digit on top there, counted from 1
@@ -110,18 +116,20 @@ def make_scene(digits: list, size: int, rng: np.random.Generator) -> tuple[np.nd
                 owner = trial
                 placed.append((digit, box, int(mask.sum())))
                 break
-    canvas += rng.normal(0, rng.uniform(8, 24), canvas.shape)
+    canvas += rng.normal(0, rng.uniform(*noise), canvas.shape)
     values = np.array([0] + [digit + 1 for digit, _, _ in placed], dtype=np.uint8)
     return canvas.round().clip(0, 255).astype(np.uint8), values[owner], placed
 
 
-def write_split(folder: Path, split: int, count: int, digits: list, args: argparse.Namespace) -> None:
+def write_split(
+    folder: Path, split: int, count: int, digits: list, noise: tuple[float, float], args: argparse.Namespace
+) -> None:
     """Writes `count` scenes into folder/images, folder/masks, folder/classes.txt and folder/annotations.json."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "masks").mkdir(exist_ok=True)
     images, annotations = [], []
     for i in range(count):
-        image, mask, placed = make_scene(digits, args.size, np.random.default_rng([args.seed, split, i]))
+        image, mask, placed = make_scene(digits, args.size, noise, np.random.default_rng([args.seed, split, i]))
         name = f"{i:06d}.png"
         Image.fromarray(image).save(folder / "images" / name)
         Image.fromarray(mask if args.mask_classes == 11 else mask.clip(max=1)).save(folder / "masks" / name)
@@ -170,10 +178,11 @@ def main(argv: list[str] | None = None) -> int:
     counts = {"train": args.train, "eval": args.eval}
     try:
         digits = [load_digits(HERE / split) for split in counts]
-        if file := foreign_file(args.out, counts):
+        if file := foreign_file(args.out, {prefix + name: counts[name] for prefix in NOISE for name in counts}):
             parser.error(f"{file}: not one of the files to write; move it away or give another --out")
-        for split, name in enumerate(counts):
-            write_split(args.out / name, split, counts[name], digits[split], args)
+        for prefix, noise in NOISE.items():
+            for split, name in enumerate(counts):
+                write_split(args.out / (prefix + name), split, counts[name], digits[split], noise, args)
     except OSError as error:
         parser.error(str(error))
     return 0

@@ -66,11 +66,37 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_other_scenes(tmp_p
 def test_a_scene_does_not_depend_on_how_many_there_are_or_on_the_mask_classes(tmp_path, binary, eleven):
     few = write(tmp_path, train=3, evaluation=1)
     scenes = [name for name in few if name.endswith(".png")]
-    assert len(scenes) == 8 and all((binary / name).read_bytes() == few[name] for name in scenes)
+    assert len(scenes) == 16 and all((binary / name).read_bytes() == few[name] for name in scenes)
     assert all((eleven / name).read_bytes() == few[name] for name in scenes if "images" in name)
     few, many = (json.loads((out / "train" / "annotations.json").read_text()) for out in (tmp_path, binary))
     assert few["annotations"] == many["annotations"][: len(few["annotations"])]
     assert (binary / "train/images/000000.png").read_bytes() != (binary / "eval/images/000000.png").read_bytes()
+
+
+def test_noisy_scenes_are_the_same_scenes_under_more_noise(binary):
+    for split in ("train", "eval"):
+        (coco, images, masks), (noisy_coco, noisy_images, noisy_masks) = map(
+            read, (binary / split, binary / f"noisy_{split}")
+        )
+        assert coco == noisy_coco and np.array_equal(masks, noisy_masks)
+        assert all((image != noisy).mean() > 0.5 for image, noisy in zip(images, noisy_images))
+
+
+@pytest.mark.parametrize("noise", make_scenes.NOISE.values(), ids=make_scenes.NOISE)
+def test_noise_has_the_standard_deviation_it_says(noise):
+    """Against the same scenes without noise, where hardly a pixel is clipped at black or white."""
+    digits, spread = make_scenes.load_digits(ROOT / "data" / "train"), []
+    for i in range(60):
+        (noisy, mask, _), (clean, same_mask, _) = (
+            make_scenes.make_scene(digits, 32, level, np.random.default_rng(i)) for level in (noise, (0, 0))
+        )
+        assert np.array_equal(mask, same_mask)
+        grey = abs(clean - 127.0) < 20
+        if grey.sum() > 100:
+            spread.append((noisy.astype(float) - clean)[grey].std())
+    assert len(spread) > 5
+    assert noise[0] * 0.8 < min(spread) and max(spread) < noise[1] * 1.2
+    assert np.mean(spread) == pytest.approx(np.mean(noise), rel=0.15)
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", TRAIN), ("eval", EVAL)])
@@ -203,6 +229,6 @@ def test_files_of_other_names_stay_and_stop_the_run(tmp_path, capsys):
     before = write(tmp_path, train=3, evaluation=1)
     capsys.readouterr()
     message = fails(capsys, "--out", str(tmp_path), "--train", "2", "--eval", "1", "--seed", "1")
-    assert str(tmp_path / "train" / "images" / "000002.png") in message
+    assert str(tmp_path / "noisy_train" / "images" / "000002.png") in message
     assert (tmp_path / "train" / "images" / "000000.png").read_bytes() == before["train/images/000000.png"]
     assert str(tmp_path / "train") in fails(capsys, "--out", str(tmp_path / "train" / "classes.txt"))

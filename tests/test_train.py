@@ -1236,6 +1236,7 @@ SMALL += [
     "data.num_workers=0",
 ]
 SMALL += ["rollout.actions_per_sample=3", "training.run_name=r"]
+SMALL += ["data.train_dir=data/scenes/train", "data.eval_dir=data/scenes/eval"]
 
 
 def run_task(task: str, *arguments: str) -> int:
