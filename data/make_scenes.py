@@ -19,7 +19,7 @@ CLASSES = [str(digit) for digit in range(10)]
 MAX_IOU = 0.2  # of the boxes of two digits; each digit draws a bound below it, so that few overlap that much
 MIN_VISIBLE = 0.4  # of a digit's mask, under all that lie on top of it
 TRIES = 50  # places for a digit; then the scene does without it
-NOISE = {"": (8, 24), "noisy_": (30, 34)}  # by prefix of the folders: standard deviations of the pixels, from … to
+NOISE = {"": (8, 24), "noisy_": (46, 50)}  # by prefix of the folders: standard deviations of the pixels, from … to
 FINE = 4  # clutter is drawn this much larger and averaged down, so that its edges are as soft as the digits'
 
 
