@@ -2,7 +2,7 @@
 
     uv run experiments.py                # the digits: about half an hour on 2 cores
     uv run experiments.py segmentation   # the scenes' masks (first: uv run data/make_scenes.py), about twenty minutes
-    uv run experiments.py detection      # the scenes' boxes, about an hour
+    uv run experiments.py detection      # the scenes' boxes, an hour and a half
 
 Every run is `train.py` with the task's shipped config and overrides: same model, T, dropout and steps for all. The
 learning rate of each method is chosen from one grid on a hold-out of the training set (every fifth image); figures are
