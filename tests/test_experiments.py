@@ -55,7 +55,7 @@ def test_scenes_train_from_scratch_then_tune_the_checkpoint_of_the_same_seed(mon
     experiments.scenes(study, {"a": ["x.y=1"], "b": []}, {"label": ["x.y=1"]}, "a", 7, {"map": "mAP"}, "boxes")
     assert written["boxes"].split("\n")[2] == "| a | 0.002 | 0.0010 ± 0.0000 |"
     assert [row.split(" | ")[0] for row in written["boxes-tuned"].split("\n")[2:]] == [
-        "| a, where both start",
+        "| a, where all start",
         "| label",
     ]
     held = asked["holdout-detection-tuned-label-0.001-0"]
