@@ -7,6 +7,7 @@ crowd need not be, and a detection that matches it counts neither way.
 from collections import defaultdict
 
 import numpy as np
+import torch
 from torch import Tensor
 
 # As COCO computes them: np.arange(0.5, …) and k / 100 round otherwise, and so decide otherwise at a tie.
@@ -15,28 +16,21 @@ RECALLS = np.linspace(0, 1, 101)
 MAX_DETECTIONS = 100  # per image and class
 
 
-def box_area(boxes: np.ndarray) -> np.ndarray:
-    """Areas [n] of boxes [n, 4], x0 y0 x1 y1; negative if one side is."""
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-
-
-def box_iou(detected: np.ndarray, true: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """IoU [D, G] of D detections and G truths, boxes [D, 4] and [G, 4]; with a crowd [G] it is the part of the
-    detection that lies inside."""
-    low = np.maximum(detected[:, None, :2], true[:, :2])
-    high = np.minimum(detected[:, None, 2:], true[:, 2:])
-    inter = (high - low).clip(0).prod(2)
-    area = box_area(detected)[:, None]
-    union = np.where(crowd, area, area + box_area(true) - inter)
-    return np.divide(inter, union, out=np.zeros_like(inter), where=inter > 0)  # an empty box in another: 0, not 0 / 0
+def box_iou(a: Tensor, b: Tensor, crowd: Tensor | None = None) -> Tensor:
+    """IoU of boxes [..., 4] (x0 y0 x1 y1) with boxes [..., 4], broadcast: […]; 0 for empty ones. Where b is a crowd
+    (bool […]) it is the share of a that lies inside."""
+    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
+    intersection = (high - low).clamp(min=0).prod(-1)
+    areas = [(x[..., 2:] - x[..., :2]).clamp(min=0).prod(-1) for x in (a, b)]
+    union = areas[0] + areas[1] - intersection
+    union = union if crowd is None else torch.where(crowd, areas[0], union)
+    return intersection / union.clamp(min=1e-9)
 
 
 def match(iou: np.ndarray, crowd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Give each detection, best first, the truth it overlaps most among those left; a crowd only for want of others.
-
-    iou [D, G] in descending order of score; crowd [G] bool. Returns two bool [T, D] for T IoU thresholds: whether the
-    detection has a truth, and whether that is a crowd, so that the detection counts neither way.
-    """
+    iou: [D, G] in descending order of score; crowd: [G] bool. Returns two bool [T, D] for T IoU thresholds: whether the
+    detection has a truth, and whether that is a crowd, so that the detection counts neither way."""
     found = np.zeros((len(IOU_THRESHOLDS), len(iou)), bool)
     void = found.copy()
     taken = np.zeros((len(IOU_THRESHOLDS), len(crowd)), bool)
@@ -52,15 +46,12 @@ def match(iou: np.ndarray, crowd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def interpolated_precision(scores: np.ndarray, hit: np.ndarray, miss: np.ndarray, num_truths: int) -> np.ndarray:
-    """Mean over RECALLS of the best precision at that recall or more, 0 where it is not reached: AP [T].
-
-    scores [D] in any order; hit, miss [T, D] bool: a true positive, a false positive (neither if ignored).
-    """
+    """Mean over RECALLS of the best precision at that recall or more, 0 where it is not reached: AP [T]. scores: [D] in
+    any order; hit, miss: [T, D] bool, a true positive, a false positive (neither if ignored)."""
     order = np.argsort(-scores, kind="stable")  # of equal scores the earlier image's comes first
     hits, misses = hit[:, order].cumsum(1), miss[:, order].cumsum(1)
     precision = hits / (hits + misses + np.spacing(1))  # COCO's way out of 0 / 0, when all so far are ignored
-    precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    precision = np.pad(precision, ((0, 0), (0, 1)))
+    precision = np.pad(np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1], ((0, 0), (0, 1)))
     return np.array([p[np.searchsorted(r, RECALLS)].mean() for p, r in zip(precision, hits / num_truths)])
 
 
@@ -71,20 +62,21 @@ def average_precision(
 
     detections: per image {"boxes": [n, 4] x0 y0 x1 y1 in pixels, "scores": [n], "labels": [n] in 0…num_classes - 1}
     truths: per image {"boxes": [m, 4], "labels": [m], "crowd": [m] bool}; other labels are left out, as in COCO
-
     Returns {"map", "ap50", "ap75": means over the classes with a truth that is no crowd, "ap_per_class": list
     of the mAP of each, nan for the others}, all in 0…1. Without any such class the means are nan (pycocotools: -1).
     """
     parts = defaultdict(list)  # class -> of each image the scores [D], hit [T, D], miss [T, D], number of truths
     for detected, true in zip(detections, truths, strict=True):
         labels, true_labels = detected["labels"].numpy(), true["labels"].numpy()
-        all_boxes, all_true = (x["boxes"].double().numpy().reshape(-1, 4) for x in (detected, true))
+        all_boxes, all_true = (x["boxes"].double().reshape(-1, 4) for x in (detected, true))
         all_scores, all_crowd = detected["scores"].double().numpy(), true["crowd"].bool().numpy()
         for k in np.union1d(labels, true_labels):
             best = np.flatnonzero(labels == k)
             best = best[np.argsort(-all_scores[best], kind="stable")[:MAX_DETECTIONS]]
-            boxes, true_boxes, crowd = all_boxes[best], all_true[true_labels == k], all_crowd[true_labels == k]
-            found, void = match(box_iou(boxes, true_boxes, crowd), crowd)
+            chosen = np.flatnonzero(true_labels == k)
+            crowd = all_crowd[chosen]
+            iou = box_iou(all_boxes[best][:, None], all_true[chosen], torch.from_numpy(crowd))
+            found, void = match(iou.numpy(), crowd)
             parts[k].append((all_scores[best], found & ~void, ~found, (~crowd).sum()))
     ap = np.full((num_classes, len(IOU_THRESHOLDS)), np.nan)
     for k in range(num_classes):
@@ -93,9 +85,5 @@ def average_precision(
             ap[k] = interpolated_precision(scores, hit, miss, num_truths)
     known = ap[~np.isnan(ap[:, 0])]
     mean = known.mean(0) if len(known) else np.full(len(IOU_THRESHOLDS), np.nan)
-    return {
-        "map": float(mean.mean()),
-        "ap50": float(mean[0]),
-        "ap75": float(mean[5]),
-        "ap_per_class": ap.mean(1).tolist(),
-    }
+    means = {"map": float(mean.mean()), "ap50": float(mean[0]), "ap75": float(mean[5])}
+    return means | {"ap_per_class": ap.mean(1).tolist()}

@@ -1,10 +1,14 @@
 """The configuration: what every key means, its default, what it may be. Checked as a whole before anything starts."""
 
 import difflib
+import hashlib
+import importlib.util
 import math
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -21,7 +25,7 @@ class Key:
     meaning: str
     rule: str = ""  # what the value must be, as the message says it
     valid: Callable[[Any], bool] = lambda value: True
-    optional: bool = False  # null is allowed
+    optional: bool = False  # null is allowed; so it is where it is the default
 
 
 def at_least(low: float) -> dict:
@@ -34,15 +38,15 @@ def one_of(*choices: str) -> dict:
 
 POSITIVE = {"rule": "> 0", "valid": lambda value: value > 0}
 FRACTION = {"rule": ">= 0 and < 1", "valid": lambda value: 0 <= value < 1}
+UP_TO_ONE = {"rule": "> 0 and <= 1", "valid": lambda value: 0 < value <= 1}
 CHANNELS = {"rule": "three numbers", "valid": lambda value: len(value) == 3}
+SPREADS = {"rule": "three numbers > 0", "valid": lambda value: len(value) == 3 and min(value) > 0}
+BETAS = {"rule": "two numbers >= 0 and < 1", "valid": lambda value: len(value) == 2 and all(0 <= x < 1 for x in value)}
+NAMES = {"rule": "at least one name", "valid": lambda value: value and all(isinstance(name, str) for name in value)}
+FOLDER = {"rule": "the name of a folder", "valid": lambda value: value not in ("", ".", "..") and "/" not in value}
 
-SCHEMA: dict[str, Key] = {
-    "task": Key(
-        "classification",
-        str,
-        "what an action is: a class, a mask, or classes and boxes",
-        **one_of("classification", "segmentation", "detection"),
-    ),
+Schema = Mapping[str, Key]  # "section.key" -> what it may be
+SCHEMA: dict[str, Key] = {  # of every run; a task has further keys of its own (`Task.keys`)
     "model.image_size": Key(224, int, "height and width images are resized to, pixels", **at_least(1)),
     "model.patch_size": Key(16, int, "height and width of a patch, pixels; divides image_size", **at_least(1)),
     "model.embed_dim": Key(192, int, "width of the tokens", **at_least(1)),
@@ -50,95 +54,45 @@ SCHEMA: dict[str, Key] = {
     "model.num_heads": Key(3, int, "attention heads; divides embed_dim", **at_least(1)),
     "model.mlp_ratio": Key(4.0, float, "hidden width of the MLP / embed_dim", **POSITIVE),
     "model.dropout": Key(0.1, float, "probability of a zero in a mask", **FRACTION),
-    "model.dropout_blocks": Key(
-        None, int, "dropout in the last k blocks only; null: everywhere", **at_least(1), optional=True
-    ),
-    "model.num_classes": Key(None, int, "null: the classes of data.train_dir", **at_least(1), optional=True),
-    "model.checkpoint_path": Key(
-        None, str, "weights to start from: a checkpoint of this repo, or of timm, DeiT, DINO, MAE", optional=True
-    ),
-    "model.activation_checkpointing": Key(
-        False, bool, "keep the blocks' inputs alone for the backward pass: less memory, their forward pass twice"
-    ),
+    "model.dropout_blocks": Key(None, int, "dropout in the last k blocks only; null: everywhere", **at_least(1)),
+    "model.num_classes": Key(None, int, "null: the classes of data.train_dir", **at_least(1)),
+    "model.checkpoint_path": Key(None, str, "weights to start from: of this repo, or of timm, DeiT, DINO, MAE"),
+    "model.activation_checkpointing": Key(False, bool, "compute activations twice, which needs less memory"),
     "model.compile": Key(False, bool, "torch.compile the model"),
     "data.train_dir": Key("data/train", str, "folder of images, in the task's format"),
     "data.eval_dir": Key("data/eval", str, "folder of the same classes; null: no evaluation", optional=True),
     "data.mean": Key([0.485, 0.456, 0.406], list, "mean of the red, green, blue channels in [0, 1]", **CHANNELS),
-    "data.std": Key(
-        [0.229, 0.224, 0.225],
-        list,
-        "standard deviation of the channels",
-        rule="three numbers > 0",
-        valid=lambda value: len(value) == 3 and min(value) > 0,
-    ),
+    "data.std": Key([0.229, 0.224, 0.225], list, "standard deviation of the channels", **SPREADS),
     "data.augment": Key(False, bool, "mirror half of the training images left to right"),
     "data.num_workers": Key(1, int, "processes that decode images; 0: the main process", **at_least(0)),
     "data.on_bad_image": Key(
-        "error",
-        str,
-        "error: the run stops; skip: the next good one takes its place, and more than 1 % stop the run",
-        **one_of("error", "skip"),
+        "error", str, "skip: the next good one takes its place, up to 1 %", **one_of("error", "skip")
     ),
-    "data.cache": Key(
-        "auto", str, "keep decoded images in memory; auto: if they fit", **one_of("auto", "always", "never")
-    ),
+    "data.cache": Key("auto", str, "keep decoded images; auto: if they fit", **one_of("auto", "always", "never")),
     "data.cache_limit_gb": Key(4.0, float, "what fits, for cache: auto, in GB", **at_least(0)),
     "rollout.num_mc_samples": Key(4, int, "T, Monte Carlo Dropout passes per image", **at_least(1)),
     "rollout.actions_per_sample": Key(16, int, "A, actions drawn per pass (1 for action: argmax)", **at_least(1)),
-    "rollout.action": Key(
-        "sample", str, "an action is drawn from the policy, or its mode", **one_of("sample", "argmax")
-    ),
-    "rollout.advantage": Key("maxrl", str, "estimator of the advantages", **one_of("grpo", "rloo", "maxrl")),
+    "rollout.action": Key("sample", str, "draws from the policy, or its mode", **one_of("sample", "argmax")),
+    "rollout.advantage": Key("maxrl", str, "advantage estimator", **one_of("grpo", "rloo", "maxrl")),
     "rollout.reward": Key(
         None,
         dict,
-        "a function of the task's module or path/to/file.py:function; several: a list, or a mapping name -> weight; "
-        "null: classification_reward, mask_iou_credit or detection_reward",
-        rule="at least one name",
-        valid=lambda value: len(value) > 0,
-        optional=True,
-    ),
-    "detection.box_std": Key(0.3, float, "standard deviation of a box action in raw space, in patches", **POSITIVE),
-    "detection.box_std_end": Key(
-        None, float, "where it ends, by a geometric schedule; null: it stays", **POSITIVE, optional=True
-    ),
-    "detection.supervised_loss": Key("iou", str, "of a box: -log π(target), or 1 - IoU", **one_of("log_prob", "iou")),
-    "detection.score_threshold": Key(0.05, float, "the least probability of a detection", **FRACTION),
-    "detection.nms_iou": Key(
-        0.5, float, "of two detections of a class that overlap more the weaker is dropped", **FRACTION
+        "of the task, or path/to/file.py:function; several: a list, or name: weight; null: the task's first",
+        **NAMES,
     ),
     "training.objective": Key("grpo", str, "learn from rewards, or from labels", **one_of("grpo", "supervised")),
     "training.steps": Key(1000, int, "batches of experience to learn from", **at_least(1)),
     "training.batch_size": Key(64, int, "images per step", **at_least(1)),
-    "training.micro_batch_size": Key(
-        None, int, "images at a time, memory follows it; null: batch_size", **at_least(1), optional=True
-    ),
+    "training.micro_batch_size": Key(None, int, "images at a time; null: batch_size", **at_least(1)),
     "training.learning_rate": Key(1e-3, float, "AdamW's, at its highest", **POSITIVE),
     "training.min_learning_rate": Key(0.0, float, "where the cosine ends", **at_least(0)),
-    "training.warmup_steps": Key(
-        50, int, "steps of linear warm-up; a run shorter than that never reaches the peak", **at_least(0)
-    ),
+    "training.warmup_steps": Key(50, int, "steps of linear warm-up, before the cosine", **at_least(0)),
     "training.weight_decay": Key(0.05, float, "of weight matrices; biases, norms, tokens have none", **at_least(0)),
-    "training.layer_decay": Key(
-        1.0,
-        float,
-        "learning rate of a block / of the next one; embedding below, norm and head above the blocks",
-        rule="> 0 and <= 1",
-        valid=lambda value: 0 < value <= 1,
-    ),
+    "training.layer_decay": Key(1.0, float, "learning rate of a block / of the next one", **UP_TO_ONE),
     "training.freeze_blocks": Key(
-        0,
-        int,
-        "the embedding and the first k blocks are not trained (k = depth: norm and head alone); 0: all is",
-        **at_least(0),
+        0, int, "the embedding and the first k blocks are not trained; 0: all is", **at_least(0)
     ),
-    "training.betas": Key(
-        [0.9, 0.999],
-        list,
-        "AdamW's",
-        rule="two numbers >= 0 and < 1",
-        valid=lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
-    ),
+    "training.betas": Key([0.9, 0.999], list, "AdamW's", **BETAS),
     "training.max_grad_norm": Key(1.0, float, "gradients are clipped to this norm", **POSITIVE),
     "training.clip_low": Key(0.2, float, "the ratio is clipped below 1 - clip_low", **FRACTION),
     "training.clip_high": Key(0.28, float, "the ratio is clipped above 1 + clip_high", **at_least(0)),
@@ -146,52 +100,31 @@ SCHEMA: dict[str, Key] = {
     "training.kl_coef": Key(0.0, float, "weight of KL(policy || the model training started from)", **at_least(0)),
     "training.entropy_coef": Key(0.0, float, "weight of the entropy bonus", **at_least(0)),
     "training.device": Key("auto", str, "auto (cuda, mps, cpu in this order), cpu, cuda, cuda:1, mps"),
-    "training.dtype": Key(
-        "auto",
-        str,
-        "auto: bfloat16 autocast where the GPU has it, else float32",
-        **one_of("auto", "float32", "bfloat16"),
-    ),
+    "training.dtype": Key("auto", str, "auto: bfloat16 where the GPU has it", **one_of("auto", "float32", "bfloat16")),
     "training.seed": Key(0, int, "all randomness is a function of it", **at_least(0)),
     "training.ckpt_dir": Key("ckpt", str, "checkpoints go to ckpt_dir/run_name"),
     "training.log_dir": Key("logs", str, "TensorBoard events go to log_dir/run_name"),
-    "training.run_name": Key(
-        None,
-        str,
-        "null: the config file's name",
-        rule="the name of a folder",
-        valid=lambda value: value not in ("", ".", "..") and "/" not in value,
-        optional=True,
-    ),
+    "training.run_name": Key(None, str, "null: the config file's name", **FOLDER),
     "training.log_interval": Key(10, int, "steps between points in TensorBoard", **at_least(1)),
     "training.eval_interval": Key(100, int, "steps between evaluations", **at_least(1)),
     "training.save_interval": Key(200, int, "steps between checkpoints", **at_least(1)),
     "training.keep_checkpoints": Key(3, int, "step_*.pt files to keep; last.pt and best.pt stay", **at_least(1)),
 }
-
-
-KINDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "",
-    list: "a list of",
-    dict: "a list or a mapping name: weight of",
-}
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", list: "a list of"}
+KINDS |= {dict: "a list or a mapping name: weight of"}
 
 
 def flatten(nested: Any, source: str) -> dict[str, Any]:
-    """{section: {key: value}, task: value} -> {"section.key": value, "task": value}; raises InputError for anything
-    else."""
+    """{section: {key: value}, task: value} -> {"section.key": value, "task": value}. Raises InputError."""
     if not isinstance(nested, dict):
         raise InputError(f"{source}: should hold sections of keys, not {type(nested).__name__}")
     flat = {}
     for section, keys in nested.items():
-        if section in SCHEMA:
+        if section == "task":
             flat[section] = keys
             continue
         if keys is not None and not isinstance(keys, dict):
-            hint = "" if section in nest(dict.fromkeys(SCHEMA)) else suggest(str(section))
+            hint = "" if section in nest(SCHEMA) else suggest(str(section), SCHEMA)
             raise InputError(f"{source}: {one_line(str(section))}: should be a section of keys{hint}")
         flat |= {f"{section}.{key}": value for key, value in (keys or {}).items()}
     return flat
@@ -209,20 +142,20 @@ def nest(flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return nested
 
 
-def suggest(name: str) -> str:
+def suggest(name: str, schema: Schema) -> str:
     """The nearest known key, as the end of a message."""
-    near = difflib.get_close_matches(name, SCHEMA, 1, 0.4)
-    same = [known for known in SCHEMA if known.split(".")[-1] == name.split(".")[-1]]
+    near = difflib.get_close_matches(name, schema, 1, 0.4)
+    same = [known for known in schema if known.split(".")[-1] == name.split(".")[-1]]
     return f"; did you mean {(same or near)[0]}?" if same or near else "; --help lists the keys"
 
 
-def convert(name: str, value: Any) -> Any:
-    """`value` as the type and in the range that the key `name` asks for; raises InputError."""
-    key = SCHEMA[name]
-    if value is None and key.optional:
+def convert(name: str, value: Any, key: Key) -> Any:
+    """`value` as the type and in the range that its key asks for; raises InputError."""
+    takes_null = key.optional or key.default is None
+    if value is None and takes_null:
         return None
-    kind = KINDS[key.kind] or ("" if key.rule else "a text")
-    wanted = " ".join(filter(None, [kind, key.rule, "or null" if key.optional else ""]))
+    kind = KINDS.get(key.kind, "" if key.rule else "a text")
+    wanted = " ".join(filter(None, [kind, key.rule, "or null" if takes_null else ""]))
     error = InputError(f"{name}: {value!r} is not allowed; expected {wanted}")
     try:
         if key.kind is float:
@@ -233,8 +166,6 @@ def convert(name: str, value: Any) -> Any:
             names = [value] if isinstance(value, str) else value
             weights = names if isinstance(names, dict) else dict.fromkeys(names, 1.0)
             value = {name: number(weight) for name, weight in weights.items()}
-            if not all(isinstance(k, str) for k in value):
-                raise error
         if type(value) is not key.kind or not key.valid(value):
             raise error
     except (TypeError, ValueError, OverflowError):
@@ -251,51 +182,30 @@ def number(value: Any) -> float:
 
 def check_pairs(config: dict[str, Any]) -> None:
     """Raises InputError for values that are impossible together."""
-    c = SimpleNamespace(**{name.split(".")[-1]: value for name, value in config.items()})
-    sampled = c.action == "sample"
-    micro = c.micro_batch_size or c.batch_size
-    for bad, message in (
-        (
-            c.image_size % c.patch_size,
-            f"model.image_size: {c.image_size} is not a multiple of model.patch_size: {c.patch_size}",
-        ),
-        (
-            c.embed_dim % c.num_heads,
-            f"model.embed_dim: {c.embed_dim} is not a multiple of model.num_heads: {c.num_heads}",
-        ),
-        (
-            c.embed_dim * c.mlp_ratio < 1,
-            f"model.mlp_ratio: {c.mlp_ratio} of embed_dim {c.embed_dim} leaves no hidden unit",
-        ),
-        (
-            (c.dropout_blocks or 0) > c.depth,
-            f"model.dropout_blocks: {c.dropout_blocks} is more than model.depth: {c.depth}",
-        ),
-        (
-            c.freeze_blocks > c.depth,
-            f"training.freeze_blocks: {c.freeze_blocks} is more than model.depth: {c.depth}",
-        ),
-        (
-            not sampled and c.dropout == 0,
-            "rollout.action: argmax explores by dropout alone; raise model.dropout above 0",
-        ),
-        (not sampled and c.num_mc_samples < 2, "rollout.action: argmax needs rollout.num_mc_samples >= 2"),
-        (
-            c.num_mc_samples > 1 and c.dropout == 0,
-            f"rollout.num_mc_samples: {c.num_mc_samples} passes without dropout are all the same; "
-            "set it to 1 or model.dropout above 0",
-        ),
-        (micro > c.batch_size, f"training.micro_batch_size: {micro} is more than training.batch_size: {c.batch_size}"),
-        (
-            c.min_learning_rate > c.learning_rate,
-            f"training.min_learning_rate: {c.min_learning_rate} is above training.learning_rate: {c.learning_rate}",
-        ),
+    for name, relation, other in (
+        ("model.image_size", "not a multiple of", "model.patch_size"),
+        ("model.embed_dim", "not a multiple of", "model.num_heads"),
+        ("model.dropout_blocks", "more than", "model.depth"),
+        ("training.freeze_blocks", "more than", "model.depth"),
+        ("training.micro_batch_size", "more than", "training.batch_size"),
+        ("training.min_learning_rate", "above", "training.learning_rate"),
     ):
-        if bad:
-            raise InputError(message)
+        value, limit = config[name] or 0, config[other]
+        if value % limit if relation == "not a multiple of" else value > limit:
+            raise InputError(f"{name}: {value} is {relation} {other}: {limit}")
+    embed_dim, mlp_ratio = config["model.embed_dim"], config["model.mlp_ratio"]
+    dropout, passes = config["model.dropout"], config["rollout.num_mc_samples"]
+    if embed_dim * mlp_ratio < 1:
+        raise InputError(f"model.mlp_ratio: {mlp_ratio} of {embed_dim} leaves no hidden unit")
+    if config["rollout.action"] == "argmax" and (dropout == 0 or passes < 2):
+        hint = "raise model.dropout above 0 and num_mc_samples above 1"
+        raise InputError(f"rollout.action: argmax explores by dropout alone: {hint}")
+    if passes > 1 and dropout == 0:
+        hint = "set it to 1 or model.dropout above 0"
+        raise InputError(f"rollout.num_mc_samples: {passes} passes without dropout are all the same; {hint}")
 
 
-def check(*layers: tuple[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def check(*layers: tuple[str, dict[str, Any]], schema: Schema = SCHEMA) -> dict[str, Any]:
     """(source, {"section.key": value}), … -> the whole nested config; a later layer wins, defaults fill the rest.
 
     Raises InputError, which names the layer's source for a key that is unknown.
@@ -303,10 +213,10 @@ def check(*layers: tuple[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     flat = {}
     for source, layer in layers:
         for name in layer:
-            if name not in SCHEMA:
-                raise InputError(f"{source}: unknown key {one_line(name)}{suggest(name)}")
+            if name not in schema:
+                raise InputError(f"{source}: unknown key {one_line(name)}{suggest(name, schema)}")
         flat |= layer
-    config = {name: convert(name, flat.get(name, key.default)) for name, key in SCHEMA.items()}
+    config = {name: convert(name, flat.get(name, key.default), key) for name, key in schema.items()}
     check_pairs(config)
     return nest(config)
 
@@ -322,9 +232,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             nested = yaml.safe_load(file)
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror if isinstance(error, OSError) else 'not UTF-8'})"
-        ) from None
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', 'not UTF-8')})") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise InputError(f"{path}: not valid YAML ({one_line(error)})") from None
     return flatten({} if nested is None else nested, path)
@@ -341,11 +249,51 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise InputError(f"{one_line(text)}: not valid YAML ({one_line(error)})") from None
 
 
-def describe_keys() -> str:
+def load_file(path: str) -> ModuleType:
+    """A user's Python file as a module, executed once as long as it does not change. A worker process finds it again
+    by its path (`images.py`), since its name cannot be imported. Raises what the file raises."""
+    if not path.endswith(".py"):
+        raise ImportError("its name should end in .py")
+    name = f"file_{hashlib.blake2b(os.path.abspath(path).encode(), digest_size=8).hexdigest()}"
+    stat = os.stat(path)
+    version = stat.st_mtime_ns, stat.st_size
+    if name in sys.modules and sys.modules[name].loaded_by_path == version:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    module.loaded_by_path = version
+    sys.modules[name] = module  # dataclasses and pickle look there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def load_user_file(path: str, key: str) -> ModuleType:
+    """`load_file`, with an InputError that names the config's key for whatever the file raises."""
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise InputError(f"{key}: {path} cannot be loaded ({one_line(error)})") from error
+
+
+def describe(schema: Schema) -> Iterator[tuple[str, str, str]]:
+    """Of each key the name, the default as YAML has it, and what it means with what it may be."""
+    for name, key in schema.items():
+        default = yaml.safe_dump(key.default, default_flow_style=True).split("\n")[0]
+        yield name, default, key.meaning + (f" [{key.rule}]" if key.rule else "")
+
+
+def describe_keys(schema: Schema) -> str:
     """The keys with their meaning and default, for --help."""
-    lines = []
-    for name, key in SCHEMA.items():
-        default = "null" if key.default is None else yaml.safe_dump(key.default, default_flow_style=True).split("\n")[0]
-        rule = f" [{key.rule}]" if key.rule else ""
-        lines.append(f"  {name} = {default}\n      {key.meaning}{rule}")
+    return "\n".join(f"  {name} = {default}\n      {meaning}" for name, default, meaning in describe(schema))
+
+
+def keys_table(schema: Schema) -> str:
+    """The same as a markdown table, for docs/config.md."""
+    lines = ["| key | default | what |", "|---|---|---|"]
+    for name, default, meaning in describe(schema):
+        lines.append("| `{}` | `{}` | {} |".format(name, default, meaning.replace("|", "\\|")))
     return "\n".join(lines)

@@ -108,6 +108,10 @@ class Episode:
     def __len__(self) -> int:
         return len(self.inputs)
 
+    def counted_in(self, values: Tensor) -> Tensor | None:
+        """`counted` where `values`, [B, T, A] or [B, T, A, E…], has the elements; None, all, where it has not."""
+        return self.counted if values.shape == self.log_probs.shape else None
+
     def detach(self) -> "Episode":
         """The same episode without its graph: what a replay needs and no more."""
         metadata = {"targets": self.metadata["targets"]}

@@ -8,51 +8,37 @@ A box in the head's raw space is (dx, dy, log w, log h): its centre from the pat
 import json
 import math
 import os
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence, register_kl
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from coco_ap import average_precision
+from coco_ap import average_precision, box_iou
+from config import FRACTION, POSITIVE, Key, one_of
 from data_types import InputError, TensorMiniBatch
+from evaluation import DenseEvaluation, predictive_entropy, to_picture, to_tensor
 from grpo import nll
-from vision_task import (
-    Prepared,
-    decode_image,
-    draw_mirrored,
-    draw_predictions,
-    heat_map,
-    mirror,
-    mutual_information,
-    predictive_entropy,
-    upright_size,
-)
+from images import ImageDataset, decode_image, draw_mirrored, mirror, upright_size
+from vision_task import Task
 
-DEFAULT_REWARD = {"detection_reward": 1.0}
-BEST = "eval/map"  # what best.pt is chosen by
 BOX_PIXELS = 192  # side of a picture with boxes
+SHOWN_SCORE = 0.5  # of boxes in words and pictures; --json has all from detection.score_threshold on
 MAX_LOG_SIZE = math.log(1000.0)  # patches; beyond lies overflow, not a box
 
 
-# --- Data -----------------------------------------------------------------------------------------------------------
-
-
 def read_annotations(root: str) -> tuple[list[dict], dict[int, str]]:
-    """root/annotations.json in COCO's format -> images, each with `objects`: (category id, x, y, w, h, crowd), and the
-    categories, id -> name. Raises InputError with one line for whatever does not fit together."""
+    """root/annotations.json in COCO's format -> images, each with `objects`: (category id, x0, y0, x1, y1, crowd), and
+    the categories, id -> name. Raises InputError with one line for whatever does not fit together."""
     path = Path(root, "annotations.json")
 
     def bad(what: str) -> InputError:
         return InputError(f"{path}: {what}")
-
-    def number(value) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
     try:
         coco = json.loads(path.read_text(encoding="utf-8"))
@@ -74,11 +60,12 @@ def read_annotations(root: str) -> tuple[list[dict], dict[int, str]]:
                 raise bad(f"{section}[{i}] has no {missing[0]}")
             if not all(type(row[key]) is int for key in keys if key.endswith("id")):
                 raise bad(f"{section}[{i}]: its ids should be whole numbers")
-    categories, images = {}, {}
+    categories: dict[int, str] = {}
     for row in coco["categories"]:
         if row["id"] in categories or row["name"] in categories.values():
             raise bad(f"category {row['id']} ({row['name']}) is there twice")
         categories[row["id"]] = str(row["name"])
+    images: dict[int, dict] = {}
     for row in coco["images"]:
         name = f"image {row['id']} ({row['file_name']})"
         if row["id"] in images:
@@ -98,77 +85,63 @@ def read_annotations(root: str) -> tuple[list[dict], dict[int, str]]:
             raise bad(f"{name}: there is no image {row['image_id']}")
         if row["category_id"] not in categories:
             raise bad(f"{name}: there is no category {row['category_id']}")
-        if not (isinstance(box, list) and len(box) == 4 and all(map(number, box)) and min(box[2:]) >= 0):
+        numbers = isinstance(box, list) and all(type(x) in (int, float) and math.isfinite(x) for x in box)
+        if not (numbers and len(box) == 4 and min(box[2:]) >= 0):
             raise bad(f"{name}: bbox {box} should be four finite numbers: x, y, width >= 0, height >= 0")
+        x0, y0, x1, y1 = *box[:2], box[0] + box[2], box[1] + box[3]
         width, height = image["size"]
-        if box[0] < -1 or box[1] < -1 or box[0] + box[2] > width + 1 or box[1] + box[3] > height + 1:  # 1: rounding
+        if x0 < -1 or y0 < -1 or x1 > width + 1 or y1 > height + 1:  # 1: rounding
             raise bad(f"{name}: bbox {box} is outside its image of {width}x{height} pixels")
-        image["objects"].append((row["category_id"], *box, bool(row.get("iscrowd", 0))))
+        image["objects"].append((row["category_id"], x0, y0, x1, y1, bool(row.get("iscrowd", 0))))
     return list(images.values()), categories
 
 
-class DetectionDataset(Dataset):
+class DetectionDataset(ImageDataset):
     """A folder of `images/` and `annotations.json` in COCO's format. Images without objects belong to it.
 
-    classes: the class names whose order gives the ids; None takes the file's categories by ascending id.
-    Item i is the image, uint8 [3, image_size, image_size]; boxes are scaled with it.
-    Raises InputError for a file that does not fit COCO's format, the images or `classes`.
+    classes: the class names whose order gives the ids; None takes the file's categories by ascending id. Item i is the
+    image, uint8 [3, image_size, image_size]; boxes are scaled with it. Raises InputError for a file that does not fit
+    COCO's format, the images or `classes`.
     """
-
-    channels = 3
 
     def __init__(self, root: str, image_size: int, patch_size: int, classes: list[str] | None = None):
         images, categories = read_annotations(root)
         self.root, self.image_size, self.patch_size = root, image_size, patch_size
         self.classes = list(classes) if classes else [categories[i] for i in sorted(categories)]
+        path = os.path.join(root, "annotations.json")
         if not self.classes:
-            raise InputError(f"{os.path.join(root, 'annotations.json')}: it names no category")
-        unknown = sorted(set(categories.values()) - set(self.classes))
-        if unknown:
-            raise InputError(
-                f"{os.path.join(root, 'annotations.json')}: categories unknown in training: {', '.join(unknown)}"
-            )
+            raise InputError(f"{path}: it names no category")
+        if unknown := sorted(set(categories.values()) - set(self.classes)):
+            raise InputError(f"{path}: categories unknown in training: {', '.join(unknown)}")
         label = {i: self.classes.index(name) for i, name in categories.items()}
         self.paths = [image["path"] for image in images]
         self.sizes = [image["size"] for image in images]
         self.boxes, self.labels, self.crowd = [], [], []  # per image: [m, 4] x0 y0 x1 y1 in resized pixels, [m], [m]
         for image in images:
-            rows = torch.tensor([row[1:5] for row in image["objects"]], dtype=torch.float64).view(-1, 4)
-            corners = torch.cat([rows[:, :2], rows[:, :2] + rows[:, 2:]], 1)
+            rows = [(label[category], *rest) for category, *rest in image["objects"]]
+            objects = torch.tensor(rows, dtype=torch.float64).view(-1, 6)
             scale = image_size / torch.tensor(image["size"] * 2, dtype=torch.float64)
-            self.boxes.append((corners * scale).float())
-            self.labels.append(torch.tensor([label[row[0]] for row in image["objects"]], dtype=torch.int64))
-            self.crowd.append(torch.tensor([row[5] for row in image["objects"]], dtype=torch.bool))
-
-    def __len__(self) -> int:
-        return len(self.paths)
+            self.boxes.append((objects[:, 1:5] * scale).float())
+            self.labels.append(objects[:, 0].long())
+            self.crowd.append(objects[:, 5].bool())
 
     def __getitem__(self, index: int) -> Tensor:
-        image = decode_image(self.paths[index], self.image_size)
-        if upright_size(self.paths[index]) != self.sizes[index]:
-            width, height = upright_size(self.paths[index])
-            raise InputError(
-                f"{self.paths[index]}: the image has {width}x{height} pixels, annotations.json says "
-                f"{self.sizes[index][0]}x{self.sizes[index][1]}"
-            )
+        path, (width, height) = self.paths[index], self.sizes[index]
+        image = decode_image(path, self.image_size)
+        if (has := upright_size(path)) != (width, height):
+            raise InputError(f"{path}: the image has {has[0]}x{has[1]} pixels, annotations.json says {width}x{height}")
         return image
 
     def batch(self, indices: Tensor, inputs: Tensor) -> TensorMiniBatch:
         """inputs [B, 3, H, W] with targets [B, 2, P, 4], counted [B, 2, P] and, in the metadata, the objects: `boxes`
         [B, M, 4] x0 y0 x1 y1 in pixels of the input, `labels` [B, M] (-1: no object), `crowd` [B, M]."""
-        rows = indices.tolist()
-        pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-        boxes = pad([self.boxes[i] for i in rows])
-        labels = pad([self.labels[i] for i in rows], padding_value=-1)
-        crowd = pad([self.crowd[i] for i in rows], padding_value=False)
+        boxes, labels, crowd = (
+            pad_sequence([values[i] for i in indices.tolist()], batch_first=True, padding_value=padding)
+            for values, padding in ((self.boxes, 0), (self.labels, -1), (self.crowd, False))
+        )
         targets, counted = encode(boxes, labels, crowd, self.image_size, self.patch_size, len(self.classes))
-        metadata = {"paths": [self.paths[i] for i in rows], "indices": indices, "classes": tuple(self.classes)}
-        metadata |= {"boxes": boxes, "labels": labels, "crowd": crowd, "patch_size": self.patch_size}
-        return TensorMiniBatch(inputs, targets, metadata, counted)
-
-
-def open_dataset(root: str, config: dict, classes: list[str] | None) -> DetectionDataset:
-    return DetectionDataset(root, config["model"]["image_size"], config["model"]["patch_size"], classes)
+        metadata = {"boxes": boxes, "labels": labels, "crowd": crowd, "patch_size": self.patch_size}
+        return TensorMiniBatch(inputs, targets, self.metadata(indices) | metadata, counted)
 
 
 def patch_centres(side: int, device: torch.device | None = None) -> Tensor:
@@ -179,8 +152,7 @@ def patch_centres(side: int, device: torch.device | None = None) -> Tensor:
 
 def pack(labels: Tensor, boxes: Tensor) -> Tensor:
     """Classes [..., P] and raw boxes [..., P, 4] as an action [..., 2, P, 4]."""
-    classes = F.pad(labels[..., None].to(boxes.dtype), (0, 3))
-    return torch.stack([classes, boxes], -3)
+    return torch.stack([F.pad(labels[..., None].to(boxes.dtype), (0, 3)), boxes], -3)
 
 
 def encode(
@@ -224,24 +196,6 @@ def decode_boxes(raw: Tensor, patch_size: int) -> Tensor:
     return (raw_to_corners(raw) + centres.repeat(1, 2)) * patch_size
 
 
-def mirror_batch(batch: TensorMiniBatch) -> TensorMiniBatch:
-    """Half of the images left to right, with their boxes."""
-    chosen = draw_mirrored(batch.inputs)
-    side = math.isqrt(batch.targets.shape[2])
-    targets = mirror(batch.targets.unflatten(2, (side, side)).movedim(4, 1), chosen).movedim(1, 4).flatten(2, 3)
-    sign = torch.ones_like(targets[:1])
-    sign[:, 1, :, 0] = -1  # dx
-    targets = torch.where(chosen[:, None, None, None], targets * sign, targets)
-    counted = mirror(batch.counted.unflatten(2, (side, side)), chosen).flatten(2)
-    boxes, width = batch.metadata["boxes"], batch.inputs.shape[-1]
-    mirrored = torch.stack([width - boxes[..., 2], boxes[..., 1], width - boxes[..., 0], boxes[..., 3]], -1)
-    boxes = torch.where(chosen[:, None, None], mirrored, boxes)
-    return TensorMiniBatch(mirror(batch.inputs, chosen), targets, batch.metadata | {"boxes": boxes}, counted)
-
-
-# --- Policy and supervised losses -----------------------------------------------------------------------------------
-
-
 class ClassAndBox(Distribution):
     """A class ~ Categorical and a box ~ Normal for each patch, as two elements: batch shape [..., 2, P], event shape
     [4]. logits: [..., P, K + 1]; boxes: raw [..., P, 4]; std: of the box in raw space."""
@@ -273,49 +227,17 @@ def kl_class_and_box(p: ClassAndBox, q: ClassAndBox) -> Tensor:
     return torch.stack([kl_divergence(p.classes, q.classes), kl_divergence(p.boxes, q.boxes)], -2)
 
 
-def head_size(num_classes: int, patch_size: int) -> int:
-    """Width of the dense head: logits of the classes and of the background, a raw box."""
-    return num_classes + 1 + 4
-
-
-def network(model: nn.Module, config: dict) -> Prepared:
-    """`model` as a function of uint8 images to [B, P, K + 1 + 4], or [B, T, P, K + 1 + 4] under masks."""
-    return Prepared(model, config["data"]["mean"], config["data"]["std"])
-
-
 def box_policy_adapter(outputs: Tensor, std: float = 0.3) -> ClassAndBox:
     """Outputs [B, T, P, K + 1 + 4] -> a class and a box per patch, in float32 (or better)."""
     outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
     return ClassAndBox(outputs[..., :-4], outputs[..., -4:], std)
 
 
-def policy_adapter(config: dict, progress: float):
-    """The adapter at this share of the run: the standard deviation goes from box_std to box_std_end geometrically."""
-    begin, end = config["detection"]["box_std"], config["detection"]["box_std_end"]
-    return partial(box_policy_adapter, std=begin * ((end or begin) / begin) ** progress)
-
-
 def cross_entropy_iou_loss(policy: ClassAndBox, targets: Tensor) -> Tensor:
-    """Cross-entropy of the classes and 1 - IoU of the predicted boxes. targets: [B, T, 1, 2, P, 4]; returns
-    [B, T, 1, 2, P]."""
+    """Cross-entropy of the classes, 1 - IoU of the predicted boxes: [B, T, 1, 2, P]. targets: [B, T, 1, 2, P, 4]."""
     classes = -policy.classes.log_prob(targets[:, :, 0, 0, :, 0].long())
-    iou = paired_iou(raw_to_corners(policy.boxes.mean), raw_to_corners(targets[:, :, 0, 1]))
+    iou = box_iou(raw_to_corners(policy.boxes.mean), raw_to_corners(targets[:, :, 0, 1]))
     return torch.stack([classes, 1 - iou], -2)[:, :, None]
-
-
-def supervised_loss(config: dict):
-    return {"log_prob": nll, "iou": cross_entropy_iou_loss}[config["detection"]["supervised_loss"]]
-
-
-# --- Rewards --------------------------------------------------------------------------------------------------------
-
-
-def paired_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of boxes [..., 4] (x0 y0 x1 y1) with boxes [..., 4], broadcast: […]; 0 for empty ones."""
-    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
-    intersection = (high - low).clamp(min=0).prod(-1)
-    areas = [(x[..., 2:] - x[..., :2]).clamp(min=0).prod(-1) for x in (a, b)]
-    return intersection / (areas[0] + areas[1] - intersection).clamp(min=1e-9)
 
 
 def detection_reward(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict) -> Tensor:
@@ -323,77 +245,65 @@ def detection_reward(actions: Tensor, outputs: Tensor, targets: Tensor, metadata
     assigned to the patch. actions: [B, T, A, 2, P, 4]; targets: [B, 2, P, 4]; returns [B, T, A, 2, P]."""
     targets = targets[:, None, None]
     right = (actions[..., 0, :, 0] == targets[..., 0, :, 0]).to(actions.dtype)
-    iou = paired_iou(raw_to_corners(actions[..., 1, :, :]), raw_to_corners(targets[..., 1, :, :]))
+    iou = box_iou(raw_to_corners(actions[..., 1, :, :]), raw_to_corners(targets[..., 1, :, :]))
     return torch.stack([right, iou], -2)
 
 
 def detection_f1_reward(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict) -> Tensor:
     """One score per image: F1 at IoU 0.5 of the set that an action decodes to, [B, T, A]; 1 for rightly nothing.
-
-    actions: [B, T, A, 2, P, 4]; outputs: [B, T, P, K + 1 + 4], whose class probabilities are the detections' scores.
-    """
-    B, T, A = actions.shape[:3]
-    labels = actions[..., 0, :, 0].long()
-    probs = box_policy_adapter(outputs).classes.probs[:, :, None].expand(B, T, A, -1, -1)
-    scores = probs.gather(-1, labels[..., None])[..., 0]
-    labels = torch.where(labels == probs.shape[-1] - 1, -1, labels)  # background
-    boxes = decode_boxes(actions[..., 1, :, :], metadata["patch_size"])
-    hits, found, true = (x.view(B, T, A) for x in match_sets(boxes, scores, labels, metadata))
-    return torch.where(found + true == 0, 1.0, 2 * hits / (found + true).clamp(min=1)).to(scores.dtype)
+    actions: [B, T, A, 2, P, 4]; outputs: [B, T, P, K + 1 + 4], whose class probabilities are the detections' scores."""
+    probs = box_policy_adapter(outputs).classes.probs
+    hits, found, true = (x.view(actions.shape[:3]) for x in match_sets(actions, probs, metadata))
+    return torch.where(found + true == 0, 1.0, 2 * hits / (found + true).clamp(min=1)).to(probs.dtype)
 
 
-def match_sets(
-    boxes: Tensor, scores: Tensor, labels: Tensor, metadata: dict, iou_threshold: float = 0.5
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Class-wise NMS of sets of detections, then matching with the image's objects, the best score first.
+def count_ranks(kept: Tensor) -> int:
+    """How many ranks a loop over sets sorted by score has to visit: bool [S, n]. A GPU would have to be waited for."""
+    if kept.device.type != "cpu" or kept.numel() == 0:
+        return kept.shape[1]
+    return int((kept * torch.arange(1, kept.shape[1] + 1)).max())
 
-    boxes: [B, T, A, P, 4] in pixels; scores, labels: [B, T, A, P] (-1: no detection); metadata: see
-    `DetectionDataset.batch`. Returns hits, detections and objects, counts [B · T · A] each. A detection of which more
-    than half lies in a crowd of its class is not counted unless it is a hit.
-    """
-    n = boxes.shape[1] * boxes.shape[2]
-    truth, truth_labels, crowd = (metadata[name].repeat_interleave(n, 0) for name in ("boxes", "labels", "crowd"))
-    order = scores.flatten(0, 2).masked_fill(labels.flatten(0, 2) < 0, -1).argsort(dim=-1, descending=True, stable=True)
-    boxes = boxes.flatten(0, 2).gather(1, order[..., None].expand(-1, -1, 4))  # [S, P, 4]
-    labels = labels.flatten(0, 2).gather(1, order)  # [S, P], the best first
+
+def nms(boxes: Tensor, labels: Tensor, iou_threshold: float) -> Tensor:
+    """Class-wise non-maximum suppression of S sets, each sorted by descending score. boxes: [S, n, 4]; labels: [S, n],
+    -1 where there is none. Returns which are kept, bool [S, n]."""
     kept = labels >= 0
+    for i in range(count_ranks(kept)):  # all sets at once
+        overlap = box_iou(boxes[:, i, None], boxes[:, i + 1 :]) > iou_threshold
+        kept[:, i + 1 :] &= ~(overlap & (labels[:, i, None] == labels[:, i + 1 :]) & kept[:, i, None])
+    return kept
+
+
+def match_sets(actions: Tensor, probs: Tensor, metadata: dict, iou_threshold: float = 0.5) -> tuple[Tensor, ...]:
+    """Class-wise NMS of what each action decodes to, then matching with the image's objects, the best score first:
+    hits, detections and objects, counts [B · T · A] each. A detection of which more than half lies in a crowd of its
+    class is not counted unless it is a hit.
+
+    actions: [B, T, A, 2, P, 4]; probs: of the classes [B, T, P, K + 1]; metadata: see `DetectionDataset.batch`.
+    """
+    classes = actions[..., 0, :, 0].long()  # [B, T, A, P]
+    scores = probs[:, :, None].expand(*classes.shape, -1).gather(-1, classes[..., None])[..., 0].flatten(0, 2)
+    labels = torch.where(classes == probs.shape[-1] - 1, -1, classes).flatten(0, 2)  # -1: background, no detection
+    order = scores.masked_fill(labels < 0, -1).argsort(dim=-1, descending=True, stable=True)
+    boxes = decode_boxes(actions[..., 1, :, :], metadata["patch_size"]).flatten(0, 2)
+    boxes, labels = boxes.gather(1, order[..., None].expand(-1, -1, 4)), labels.gather(1, order)  # [S, P, 4], [S, P]
+    repeats = actions.shape[1] * actions.shape[2]
+    truth, truth_labels, crowd = (metadata[name].repeat_interleave(repeats, 0) for name in ("boxes", "labels", "crowd"))
+    kept = nms(boxes, labels, iou_threshold)
     hit = torch.zeros_like(kept)
     free = (truth_labels >= 0) & ~crowd  # [S, M]
     objects, places = free.sum(1), torch.arange(free.shape[1], device=free.device)
-    most = int(kept.sum(1).max()) if boxes.device.type == "cpu" else kept.shape[1]  # a GPU would have to be waited for
-    for i in range(most):  # ranks, all sets at once
-        box, label = boxes[:, i, None], labels[:, i, None]
-        overlap = paired_iou(box, boxes) > iou_threshold
-        kept[:, i + 1 :] &= ~(overlap & (labels == label) & kept[:, i, None])[:, i + 1 :]
-        if free.shape[1]:
-            iou = paired_iou(box, truth).masked_fill(~(free & (truth_labels == label)), -1)
+    if free.shape[1]:
+        for i in range(count_ranks(kept)):
+            iou = box_iou(boxes[:, i, None], truth).masked_fill(~(free & (truth_labels == labels[:, i, None])), -1)
             best, index = iou.max(1)
             hit[:, i] = kept[:, i] & (best >= iou_threshold)
             free = free & ~((places == index[:, None]) & hit[:, i, None])
-    if free.shape[1]:  # without a loop over the objects' few crowds: [S, P, M]
-        low, high = (
-            torch.maximum(boxes[:, :, None, :2], truth[:, None, :, :2]),
-            torch.minimum(boxes[:, :, None, 2:], truth[:, None, :, 2:]),
-        )
-        inside = (high - low).clamp(min=0).prod(-1) > 0.5 * (boxes[..., 2:] - boxes[..., :2]).prod(-1)[..., None]
+        # without a loop over the objects' few crowds: [S, P, M]
+        inside = box_iou(boxes[:, :, None], truth[:, None], torch.ones_like(crowd[:, None])) > 0.5
         ignored = (inside & crowd[:, None] & (truth_labels[:, None] == labels[..., None])).any(-1)
         kept &= hit | ~ignored
     return hit.sum(1), kept.sum(1), objects
-
-
-# --- Decoding, metric, pictures -------------------------------------------------------------------------------------
-
-
-def nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float) -> Tensor:
-    """Class-wise non-maximum suppression of boxes [n, 4], scores [n], labels [n]: the indices kept, best first."""
-    order = scores.argsort(descending=True, stable=True)
-    suppresses = paired_iou(boxes[order][:, None], boxes[order]) > iou_threshold
-    suppresses = (suppresses & (labels[order][:, None] == labels[order])).numpy()
-    kept = np.ones(len(order), dtype=bool)
-    for i in range(len(order)):
-        if kept[i]:
-            kept[i + 1 :] &= ~suppresses[i, i + 1 :]
-    return order[torch.from_numpy(kept)]
 
 
 def decode(probs: Tensor, raw: Tensor, config: dict) -> list[dict[str, Tensor]]:
@@ -401,88 +311,151 @@ def decode(probs: Tensor, raw: Tensor, config: dict) -> list[dict[str, Tensor]]:
     "labels": [n]}. probs: [B, P, K + 1]; raw: boxes [B, P, 4]; on the CPU. Every class of a patch whose probability is
     at least detection.score_threshold is a candidate; then class-wise NMS at detection.nms_iou."""
     size, patch_size = config["model"]["image_size"], config["model"]["patch_size"]
-    decoded = decode_boxes(raw, patch_size).clamp(0, size)
-    detections = []
-    for p, boxes in zip(probs[..., :-1], decoded):
-        patch, labels = (p >= config["detection"]["score_threshold"]).nonzero(as_tuple=True)
-        boxes, scores = boxes[patch], p[patch, labels]
-        kept = nms(boxes, scores, labels, config["detection"]["nms_iou"])
-        detections.append({"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]})
-    return detections
+    num_classes = probs.shape[-1] - 1
+    scores = probs[..., :-1].flatten(1)  # [B, P · K]
+    candidate = scores >= config["detection"]["score_threshold"]
+    order = scores.masked_fill(~candidate, -1).argsort(dim=-1, descending=True, stable=True)
+    order = order[:, : int(candidate.sum(1).max())]
+    scores, candidate = scores.gather(1, order), candidate.gather(1, order)
+    labels = torch.where(candidate, order % num_classes, -1)
+    patch = (order // num_classes)[..., None].expand(-1, -1, 4)
+    boxes = decode_boxes(raw, patch_size).clamp(0, size).gather(1, patch)
+    kept = nms(boxes, labels, config["detection"]["nms_iou"])
+    return [{"boxes": b[k], "scores": s[k], "labels": c[k]} for b, s, c, k in zip(boxes, scores, labels, kept)]
 
 
-class Evaluation:
-    """Collects the predictions for a data set: of the deterministic network, and of the mean over T passes of class
-    probabilities and raw boxes."""
+def draw_boxes(picture: Image.Image, boxes: Tensor, names: list[str]) -> Image.Image:
+    """The picture with boxes [n, 4], x0 y0 x1 y1 in its pixels, and their names."""
+    draw = ImageDraw.Draw(picture)
+    for (x0, y0, x1, y1), name in zip(boxes.tolist(), names):
+        draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline="lime", width=max(picture.width // 150, 1))
+        draw.text((x0 + 3, y0 + 1), name, fill="yellow")
+    return picture
 
-    def __init__(self, dataset: DetectionDataset, config: dict, shown: int = 8):
-        self.classes, self.config, self.shown = dataset.classes, config, shown
+
+class BoxEvaluation(DenseEvaluation):
+    """Collects truths and decoded detections; of the mean over T passes of class probabilities and raw boxes."""
+
+    size = BOX_PIXELS
+
+    def __init__(self, task: Task, dataset: DetectionDataset, shown: int = 8):
+        super().__init__(task, dataset, shown)
         self.truths: list[dict[str, Tensor]] = []
         self.detections: tuple[list, list] = [], []
-        self.counts = [torch.zeros(3), torch.zeros(3)]  # hits, detections, objects
-        self.pictures: list[tuple[float, Tensor]] = []  # the most uncertain: (mean entropy, picture)
+        self.counts = torch.zeros(2, 3)  # of both: hits, detections, objects
 
     def add(self, batch: TensorMiniBatch, outputs: Tensor, outputs_mc: Tensor) -> None:
         """outputs: [B, P, K + 1 + 4] of the deterministic network; outputs_mc: [B, T, P, K + 1 + 4] of T passes."""
-        batch, outputs, outputs_mc = batch.to("cpu"), outputs.cpu(), outputs_mc.cpu()
-        boxes, labels, crowd = (batch.metadata[name] for name in ("boxes", "labels", "crowd"))
-        self.truths += [
-            {"boxes": b[real], "labels": k[real], "crowd": c[real]}
-            for b, k, c, real in zip(boxes, labels, crowd, labels >= 0)
-        ]
-        single, passes = box_policy_adapter(outputs), box_policy_adapter(outputs_mc)
-        predictors = (
-            (single.classes.probs, single.boxes.mean),
-            (passes.classes.probs.mean(1), passes.boxes.mean.mean(1)),
-        )
+        batch, data = batch.to("cpu"), self.dataset
+        for i in batch.metadata["indices"].tolist():
+            self.truths.append({"boxes": data.boxes[i], "labels": data.labels[i], "crowd": data.crowd[i]})
+        single, passes = box_policy_adapter(outputs.cpu()), box_policy_adapter(outputs_mc.cpu())
+        mean = passes.classes.probs.mean(1)
+        predictors = (single.classes.probs, single.boxes.mean), (mean, passes.boxes.mean.mean(1))
         for detections, counts, (probs, raw) in zip(self.detections, self.counts, predictors):
-            detections += decode(probs, raw, self.config)
-            score, label = probs.max(-1)
-            label = torch.where(label == len(self.classes), -1, label)
-            found = decode_boxes(raw, batch.metadata["patch_size"])
-            sets = (x[:, None, None] for x in (found, score, label))
-            counts += torch.stack([x.sum() for x in match_sets(*sets, batch.metadata)])
-        entropy = predictive_entropy(predictors[1][0]).mean(-1)  # [B], nats
-        for i in entropy.argsort(descending=True)[: self.shown].tolist():
-            detected = self.detections[1][i - len(batch)]
-            confident = detected["scores"] >= 0.5
-            side = math.isqrt(outputs.shape[1])
-            heat = mutual_information(passes.classes.probs[i]).view(side, side)
-            picture = [
-                draw_boxes(
-                    batch.inputs[i], self.truths[i - len(batch)]["boxes"], self.names(self.truths[i - len(batch)])
-                ),
-                draw_boxes(batch.inputs[i], detected["boxes"][confident], self.names(detected, confident)),
-                F.interpolate(heat_map(heat)[None], size=(BOX_PIXELS, BOX_PIXELS))[0],
-            ]
-            self.pictures.append((float(entropy[i]), torch.cat(picture, -1)))
-        self.pictures = sorted(self.pictures, key=lambda row: -row[0])[: self.shown]
+            detections += decode(probs, raw, self.task.config)
+            actions = pack(probs.max(-1).indices, raw)[:, None, None]
+            counts += torch.stack([x.sum() for x in match_sets(actions, probs[:, None], batch.metadata)])
+        truths, found = self.truths[-len(batch) :], self.detections[1][-len(batch) :]
 
-    def names(self, objects: dict[str, Tensor], chosen: Tensor | slice = slice(None)) -> list[str]:
-        return [self.classes[label] for label in objects["labels"][chosen].tolist()]
+        def draw_parts(i: int) -> list[Tensor]:
+            sure = {name: x[found[i]["scores"] >= SHOWN_SCORE] for name, x in found[i].items()}
+            return [self.draw_objects(batch.inputs[i], objects) for objects in (truths[i], sure)]
 
-    def figures(self) -> dict[str, float]:
-        """mAP, AP50, AP75 as COCO's, each class's AP, and F1 at IoU 0.5 of the patches' most likely classes."""
-        figures = {}
-        for prefix, detections, counts in zip(("eval", "eval_mc"), self.detections, self.counts):
-            ap = average_precision(detections, self.truths, len(self.classes))
-            by_class = {f"ap/{name}": x for name, x in zip(self.classes, ap.pop("ap_per_class")) if not math.isnan(x)}
-            f1 = {"f1": float(2 * counts[0] / (counts[1] + counts[2]).clamp(min=1))}
-            figures |= {f"{prefix}/{name}": value for name, value in (ap | f1 | by_class).items()}
-        return figures
+        side = math.isqrt(mean.shape[1])
+        self.keep(predictive_entropy(mean).mean(-1), passes.classes.probs.unflatten(2, (side, side)), draw_parts)
 
-    def draw(self) -> Tensor:
-        """The most uncertain images, each with true boxes, predicted boxes (score at least 0.5) and the passes'
-        disagreement (mutual information of pass and class, by patch): uint8 [3, height, width]."""
-        captions = [[f"truth, prediction, disagreement; entropy {entropy:.2f}"] for entropy, _ in self.pictures]
-        return draw_predictions([picture for _, picture in self.pictures], captions, columns=2, size=BOX_PIXELS)
+    def draw_objects(self, image: Tensor, objects: dict[str, Tensor]) -> Tensor:
+        """image: uint8 [3, H, W] with the boxes of truth or detections: uint8 [3, BOX_PIXELS, BOX_PIXELS]."""
+        picture = to_picture(image).resize((BOX_PIXELS, BOX_PIXELS), Image.Resampling.NEAREST)
+        names = [self.dataset.classes[label] for label in objects["labels"].tolist()]
+        return to_tensor(draw_boxes(picture, objects["boxes"] * BOX_PIXELS / image.shape[-1], names))
+
+    def metrics_of_both(self) -> Iterator[dict[str, float]]:
+        """mAP, AP50, AP75 as COCO's, F1 at IoU 0.5 of the patches' most likely classes, and each class's AP."""
+        classes = self.dataset.classes
+        for detections, (hits, found, objects) in zip(self.detections, self.counts):
+            ap = average_precision(detections, self.truths, len(classes))
+            by_class = {f"ap/{name}": x for name, x in zip(classes, ap.pop("ap_per_class")) if not math.isnan(x)}
+            yield ap | {"f1": float(2 * hits / (found + objects).clamp(min=1))} | by_class
 
 
-def draw_boxes(image: Tensor, boxes: Tensor, names: list[str]) -> Tensor:
-    """image: uint8 [3, H, W]; boxes: [n, 4] in its pixels -> uint8 [3, BOX_PIXELS, BOX_PIXELS] with boxes and names."""
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((BOX_PIXELS, BOX_PIXELS), Image.Resampling.NEAREST)
-    draw = ImageDraw.Draw(picture)
-    for (x0, y0, x1, y1), name in zip((boxes * BOX_PIXELS / image.shape[-1]).tolist(), names):
-        draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline="lime")
-        draw.text((x0 + 2, y0), name, fill="yellow")
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+class Detection(Task):
+    """A class, background included, and a box for each patch."""
+
+    keys = {
+        "detection.box_std": Key(0.3, float, "standard deviation of a box action in raw space, in patches", **POSITIVE),
+        "detection.box_std_end": Key(
+            None, float, "where it ends, by a geometric schedule; null: it stays", **POSITIVE, optional=True
+        ),
+        "detection.supervised_loss": Key(
+            "iou", str, "of a box: -log π(target), or 1 - IoU", **one_of("log_prob", "iou")
+        ),
+        "detection.score_threshold": Key(0.05, float, "the least probability of a detection", **FRACTION),
+        "detection.nms_iou": Key(
+            0.5, float, "of two detections of a class that overlap more the weaker is dropped", **FRACTION
+        ),
+    }
+    rewards = {"detection_reward": detection_reward, "detection_f1_reward": detection_f1_reward}
+    best = "eval/map"
+    dense = True
+
+    def open(self, root: str, classes: list[str] | None = None) -> DetectionDataset:
+        model = self.config["model"]
+        return DetectionDataset(root, model["image_size"], model["patch_size"], classes)
+
+    def head_size(self, num_classes: int) -> int:
+        """Logits of the classes and of the background, and a raw box."""
+        return num_classes + 1 + 4
+
+    def policy(self, outputs: Tensor, progress: float = 1.0) -> ClassAndBox:
+        """The standard deviation goes from box_std to box_std_end geometrically."""
+        begin, end = self.config["detection"]["box_std"], self.config["detection"]["box_std_end"]
+        return box_policy_adapter(outputs, begin * ((end or begin) / begin) ** progress)
+
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        """Of the classes of each patch, the background last: […, P, K + 1]."""
+        return self.policy(outputs).classes.probs
+
+    def supervised_loss(self, policy: ClassAndBox, targets: Tensor) -> Tensor:
+        log_prob = self.config["detection"]["supervised_loss"] == "log_prob"
+        return nll(policy, targets) if log_prob else cross_entropy_iou_loss(policy, targets)
+
+    def mirror(self, batch: TensorMiniBatch) -> TensorMiniBatch:
+        chosen = draw_mirrored(batch.inputs)
+        places = torch.arange(batch.targets.shape[2], device=chosen.device)
+        places = places.view(math.isqrt(len(places)), -1).flip(1).flatten()
+        targets, counted = batch.targets[:, :, places], batch.counted[:, :, places]
+        targets[:, 1, :, 0].neg_()  # dx
+        targets = torch.where(chosen[:, None, None, None], targets, batch.targets)
+        counted = torch.where(chosen[:, None, None], counted, batch.counted)
+        boxes, width = batch.metadata["boxes"], batch.inputs.shape[-1]
+        mirrored = torch.stack([width - boxes[..., 2], boxes[..., 1], width - boxes[..., 0], boxes[..., 3]], -1)
+        boxes = torch.where(chosen[:, None, None], mirrored, boxes)
+        return TensorMiniBatch(mirror(batch.inputs, chosen), targets, batch.metadata | {"boxes": boxes}, counted)
+
+    def evaluation(self, dataset: Dataset) -> BoxEvaluation:
+        return BoxEvaluation(self, dataset)
+
+    def describe(self, outputs: Tensor, path: str, classes: list[str]) -> tuple[dict, int]:
+        """The detections, best first, their boxes x0 y0 x1 y1 in pixels of the image file; and the file's width.
+        outputs: [T, P, K + 1 + 4]."""
+        policy = self.policy(outputs)
+        probs, raw = policy.classes.probs.mean(0, keepdim=True), policy.boxes.mean.mean(0, keepdim=True)
+        found = decode(probs, raw, self.config)[0]
+        side, size = self.config["model"]["image_size"], upright_size(path)
+        boxes = [
+            {"class": classes[label], "score": score, "box": [x * length / side for x, length in zip(box, size * 2)]}
+            for label, score, box in zip(*(found[name].tolist() for name in ("labels", "scores", "boxes")))
+        ]
+        return {"boxes": boxes}, size[0]
+
+    def in_words(self, record: dict) -> str:
+        shown = [box for box in record["boxes"] if box["score"] >= SHOWN_SCORE]
+        words = [f"{b['class']} ({b['score']:.0%}) at {' '.join(f'{x:.0f}' for x in b['box'])}" for b in shown]
+        return ", ".join(words) or "nothing"
+
+    def draw(self, picture: Image.Image, record: dict, found: int) -> dict[str, tuple[str, Image.Image]]:
+        shown = [box for box in record["boxes"] if box["score"] >= SHOWN_SCORE]
+        boxes = torch.tensor([box["box"] for box in shown]).view(-1, 4) * picture.width / found
+        return {"picture": ("", draw_boxes(picture, boxes, [box["class"] for box in shown]))}

@@ -9,6 +9,7 @@ B images, T passes, A actions per pass, E… the elements of an action; N = T * 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -25,11 +26,8 @@ SupervisedLoss = Callable[[Distribution, Tensor], Tensor]  # (policy, targets [B
 
 @contextmanager
 def keyed_rng(*key: int | str) -> Iterator[None]:
-    """All draws inside are a function of `key` alone; torch's own random state is as before afterwards.
-
-    torch.distributions takes no generator, so the global one is forked and seeded. No state is carried from step to
-    step, so there is none to save and restore.
-    """
+    """All draws inside are a function of `key` alone; torch's own random state is as before afterwards. The global
+    generator is forked and seeded, because torch.distributions takes no other."""
     seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
@@ -40,7 +38,7 @@ def keyed_rng(*key: int | str) -> Iterator[None]:
         yield
 
 
-# --- Policy: torch puts samples first, [A, B, T, E…]; these two functions alone touch that layout -------------------
+# --- Policy: torch puts samples first, [A, B, T, E…]; these two functions alone touch that layout ---------------------
 
 
 def classification_policy_adapter(outputs: Tensor) -> Categorical:
@@ -64,16 +62,53 @@ def nll(policy: Distribution, targets: Tensor) -> Tensor:
     return -action_log_prob(policy, targets)
 
 
-# --- Elements that count --------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How the group of an image is made and judged. num_mc_samples: T. actions_per_sample: A. action: `sample`, or
+    `argmax` (the mode of each pass, A = 1). advantage: the advantage estimator, see `compute_advantages`."""
+
+    num_mc_samples: int = 4
+    actions_per_sample: int = 16
+    action: str = "sample"
+    advantage: str = "maxrl"
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """What is minimised, and how.
+
+    objective: `grpo`, clipped surrogate + kl_coef * KL(policy || reference) - entropy_coef * entropy; or `supervised`,
+        supervised_loss(policy, targets) under the same passes, per element, with the same two terms.
+    clip_low, clip_high: the ratio is clipped to 1 - clip_low … 1 + clip_high. update_epochs: steps per rollout.
+    max_grad_norm: of all gradients. micro_batch_size: images at a time in a replay. pad_to: see `select_live`.
+    """
+
+    objective: str = "grpo"
+    supervised_loss: SupervisedLoss = nll
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    update_epochs: int = 1
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+    max_grad_norm: float = 1.0
+    micro_batch_size: int = 64
+    pad_to: int = 1
+
+    @property
+    def may_replay(self) -> bool:
+        """Whether an image without a live group has no gradient, so that it needs no backward pass."""
+        return self.objective == "grpo" and self.kl_coef == self.entropy_coef == 0
+
+
+# --- Elements that count: all that `counted` means, but for the zeros that `score` puts elsewhere ---------------------
 
 
 def only_counted(values: Tensor, counted: Tensor | None) -> Tensor:
     """`values` [B, …, E…] with 0 (never NaN) where an element does not count. counted: [B, E…] bool; None: all."""
     if counted is None:
         return values
-    return torch.where(
-        counted.reshape(len(counted), *[1] * (values.ndim - counted.ndim), *counted.shape[1:]), values, 0
-    )
+    shape = len(counted), *[1] * (values.ndim - counted.ndim), *counted.shape[1:]
+    return torch.where(counted.reshape(shape), values, 0)
 
 
 def mean_counted(values: Tensor, counted: Tensor | None) -> Tensor:
@@ -89,12 +124,23 @@ def mean_per_image(values: Tensor, counted: Tensor | None) -> Tensor:
     if counted is None:
         return values.reshape(len(values), -1).mean(1)
     repeats = values.numel() // counted.numel()
-    return only_counted(values, counted).reshape(len(values), -1).sum(1) / (
-        repeats * counted.flatten(1).count_nonzero(1)
-    ).clamp(min=1)
+    sums = only_counted(values, counted).reshape(len(values), -1).sum(1)
+    return sums / (repeats * counted.flatten(1).count_nonzero(1)).clamp(min=1)
 
 
-# --- Advantages -----------------------------------------------------------------------------------------------------
+def size_of(batch: TensorMiniBatch) -> int | Tensor:
+    """What a mean over the batch divides by: its images, or the elements that count (a tensor, at no sync)."""
+    return len(batch) if batch.counted is None else batch.counted.sum()
+
+
+def share_of(episode: Episode, batch_size: int | Tensor) -> float | Tensor:
+    """The episode's share of the whole batch, whose `size_of` is batch_size."""
+    if episode.counted is None:
+        return len(episode) / batch_size
+    return episode.counted.sum().to(episode.log_probs.dtype) / batch_size.clamp(min=1)
+
+
+# --- Advantages -------------------------------------------------------------------------------------------------------
 
 
 def live_groups(advantages: Tensor) -> Tensor:
@@ -130,7 +176,7 @@ def compute_advantages(rewards: Tensor, estimator: str) -> Tensor:
     return torch.where(dead & advantages.isfinite(), 0.0, advantages)  # the mean of equal numbers may be off by an ulp
 
 
-# --- Rollout --------------------------------------------------------------------------------------------------------
+# --- Rollout ----------------------------------------------------------------------------------------------------------
 
 
 def add(total: Tensor | None, term: Tensor) -> Tensor:
@@ -151,40 +197,33 @@ def score(
     estimator: str,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Rewards and advantages of the actions, each [B, T, A] or [B, T, A, E…], and each reward by itself by its name.
-
-    shape: [B, T, A, E…]. The weighted sum of the rewards goes through the estimator; advantages that are finished
-    (`Credit`), weighted too, are added. Elements that do not count have reward and advantage 0.
-    Raises InputError if a reward returns something else than tensors of one of the two shapes, or would need a group.
-    """
-    total = plain = finished = None
+    The weighted sum of the rewards goes through the estimator; advantages that are finished (`Credit`), weighted too,
+    are added. Elements that do not count have reward and advantage 0. shape: [B, T, A, E…]. Raises InputError if a
+    reward returns something else than tensors of one of the two shapes, or would need a group."""
+    total = plain = advantages = None
     terms, allowed = {}, {shape[:3], shape}
     dtype = torch.promote_types(outputs.dtype, torch.float32)
     metadata = batch.metadata if batch.counted is None else batch.metadata | {"counted": batch.counted}
     for name, (reward, weight) in rewards.items():
         returned = reward(actions, outputs, batch.targets, metadata)
-        parts = (returned.rewards, returned.advantages) if isinstance(returned, Credit) else (returned,)
-        for part in parts:
+        parts = [returned.rewards, returned.advantages] if isinstance(returned, Credit) else [returned]
+        for i, part in enumerate(parts):
             if not isinstance(part, Tensor) or part.shape not in allowed:
                 what = f"a tensor of shape {list(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
-                expected = " or ".join(str(list(shape)) for shape in sorted(allowed))
-                raise InputError(
-                    f"rollout.reward: {name} returned {what}; expected a tensor of shape [B, T, A, …] = {expected}"
-                )
-        parts = [part.to(actions.device, dtype) for part in parts]
-        parts = [only_counted(part, batch.counted) if part.shape == shape else part for part in parts]
+                expected = "a tensor of shape [B, T, A, …] = " + " or ".join(str(list(s)) for s in sorted(allowed))
+                raise InputError(f"rollout.reward: {name} returned {what}; expected {expected}")
+            part = part.to(actions.device, dtype)
+            parts[i] = only_counted(part, batch.counted) if part.shape == shape else part
         terms[name] = parts[0]
         total = add(total, weight * parts[0])
         if len(parts) == 2:
-            finished = add(finished, weight * parts[1])
-        elif shape[1] * shape[2] > 1:
-            plain = add(plain, weight * parts[0])
+            advantages = add(advantages, weight * parts[1])
         else:
-            raise InputError(
-                "rollout.actions_per_sample: a group needs two actions; raise it or rollout.num_mc_samples"
-            )
-    advantages = finished if plain is None else compute_advantages(plain, estimator)
-    if plain is not None and finished is not None:
-        advantages = add(advantages, finished)
+            plain = add(plain, weight * parts[0])
+    if plain is not None and shape[1] * shape[2] == 1:
+        raise InputError("rollout.actions_per_sample: a group needs two actions; raise it or rollout.num_mc_samples")
+    if plain is not None:
+        advantages = add(advantages, compute_advantages(plain, estimator))
     return total, advantages, terms
 
 
@@ -193,17 +232,14 @@ def rollout(
     batch: TensorMiniBatch,
     rewards: Mapping[str, tuple[Reward, float]],
     policy_adapter: PolicyAdapter,
+    settings: RolloutSettings,
     *,
-    num_mc_samples: int,
-    actions_per_sample: int,
-    action: str = "sample",
-    advantage: str = "maxrl",
     key: tuple[int, int, int] = (0, 0, 0),
     keep_graph: bool = True,
 ) -> Episode:
     """T stochastic passes over a micro-batch, A actions from each, their rewards and advantages.
 
-    rewards: name -> (function, weight). action: `sample`, or `argmax` (the mode of each pass, A = 1).
+    rewards: name -> (function, weight).
     key: (seed, step, index in the global batch of the micro-batch's first image): all draws are a function of it.
     keep_graph: the forward pass can be differentiated through `Episode.log_probs` and `Episode.policy`; without it
     `update_policy` repeats the pass for the live groups.
@@ -211,36 +247,47 @@ def rollout(
     seed, step, index = key
     with torch.set_grad_enabled(keep_graph):
         with keyed_rng(seed, step, "masks", index):
-            masks = model.sample_masks(len(batch), num_mc_samples)
+            masks = model.sample_masks(len(batch), settings.num_mc_samples)
         outputs = model(batch.inputs, masks)  # [B, T, …]
         policy = policy_adapter(outputs)  # batch shape [B, T, E…]
         with torch.no_grad():
             drawn_from = policy_adapter(outputs.nan_to_num())  # NaN cannot be drawn from; the loss will tell of it
-            if action == "sample":
+            if settings.action == "sample":
                 with keyed_rng(seed, step, "actions", index):
-                    actions = sample_actions(drawn_from, actions_per_sample)  # [B, T, A, E…]
+                    actions = sample_actions(drawn_from, settings.actions_per_sample)  # [B, T, A, E…]
             else:
                 actions = drawn_from.mode.unsqueeze(2)  # [B, T, 1, E…]
             shape = actions.shape[:3] + policy.batch_shape[2:]  # [B, T, A, E…]
-            total, advantages, terms = score(rewards, actions, outputs.detach(), batch, shape, advantage)
-            entropy = drawn_from.entropy()  # here, where the probabilities are at hand
+            total, advantages, terms = score(rewards, actions, outputs.detach(), batch, shape, settings.advantage)
+            metadata = batch.metadata | {"targets": batch.targets, "predicted": drawn_from.mode, "reward_terms": terms}
+            metadata["entropy"] = drawn_from.entropy()  # here, where the probabilities are at hand
         log_probs = action_log_prob(policy, actions)
-    metadata = batch.metadata | {"targets": batch.targets, "predicted": drawn_from.mode, "reward_terms": terms}
-    metadata["entropy"] = entropy
     return Episode(batch.inputs, masks, actions, log_probs, total, advantages, metadata, policy, batch.counted)
 
 
-# --- Loss and update ------------------------------------------------------------------------------------------------
+def rollout_metrics(episode: Episode) -> dict[str, Tensor]:
+    """What a rollout is worth logging for: 0-dim tensors, means over its images, and `group_rewards`, [B]."""
+    rewards = episode.rewards
+    group_rewards = mean_per_image(rewards, episode.counted_in(rewards))
+    metrics = {
+        "reward/mean": group_rewards.mean(),
+        "reward/std": mean_per_image(rewards.std((1, 2), correction=0), episode.counted_in(rewards)).mean(),
+        "groups/live": live_groups(episode.advantages).to(rewards.dtype).mean(),
+        "policy/entropy": mean_per_image(episode.metadata["entropy"], episode.counted).mean(),
+    }
+    for name, term in episode.metadata["reward_terms"].items():
+        metrics[f"reward/{name}"] = mean_per_image(term, episode.counted_in(term)).mean()
+    return metrics | {"reward/min": rewards.min(), "group_rewards": group_rewards}
+
+
+# --- Loss and update --------------------------------------------------------------------------------------------------
 
 
 def clipped_loss(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """PPO's pessimistic surrogate with DAPO's asymmetric clip (https://arxiv.org/abs/2503.14476), per element.
-
-    log_probs, old_log_probs: [B, T, A, E…]; advantages the same or [B, T, A].
-    Returns loss, ratio and whether the clip was active, each [B, T, A, E…].
-    """
+    """PPO's pessimistic surrogate with DAPO's asymmetric clip (https://arxiv.org/abs/2503.14476), per element: loss,
+    ratio and whether the clip was active, each [B, T, A, E…] as the log-probabilities; advantages may be [B, T, A]."""
     advantages = advantages.reshape(*advantages.shape, *[1] * (log_probs.ndim - advantages.ndim))
     ratio = torch.exp(log_probs - old_log_probs)
     unclipped = ratio * -advantages
@@ -249,64 +296,54 @@ def clipped_loss(
     return torch.where(active, clipped, unclipped), ratio, active
 
 
-def select_live(episodes: list[Episode], pad_to: int) -> Episode | None:
-    """The live images of detached episodes as one episode; replaying it gives the gradient of all of them.
-
+def select_live(episodes: list[Episode], pad_to: int) -> list[Episode]:
+    """The live images of detached episodes as one episode, or none; replaying it gives the gradient of all of them.
     Its size is rounded up to a multiple of `pad_to` by repeating the last image with advantages 0, so that a compiled
-    model meets few shapes. None if no group is live. Looking which groups live is the step's one host-device sync.
-    """
+    model meets few shapes. Looking which groups live is the step's one host-device sync."""
     live = torch.cat([live_groups(episode.advantages) for episode in episodes]).cpu()
     indices = [part.nonzero().flatten() for part in live.split([len(episode) for episode in episodes])]
     count = int(live.sum())  # on the host already
     if count == 0:
-        return None
+        return []
     episode = Episode.cat([episode[index] for episode, index in zip(episodes, indices) if len(index)])
     if count % pad_to:
         episode = episode[torch.arange(count + -count % pad_to).clamp(max=count - 1)]
         episode.advantages[count:] = 0
-    return episode
+    return [episode]
 
 
 def policy_loss(
     episode: Episode,
     policy: Distribution,
     log_probs: Tensor,
-    *,
-    objective: str,
-    supervised_loss: SupervisedLoss,
-    clip_low: float,
-    clip_high: float,
-    kl_coef: float,
-    entropy_coef: float,
-    reference_policy: Distribution | None,
+    settings: UpdateSettings,
+    reference_policy: Distribution | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean loss over an episode's images, passes, actions and counted elements, and what is worth logging.
-
-    policy, log_probs: of the current weights, under the episode's masks; episode.log_probs are the old ones.
-    """
+    """Mean loss over an episode's images, passes, actions and counted elements, and what is worth logging. policy,
+    log_probs: of the current weights, under the episode's masks; episode.log_probs are the old ones."""
     log, counted = {}, episode.counted
-    if objective == "supervised":
+    if settings.objective == "supervised":
         targets = episode.metadata["targets"]  # [B, E…] -> an action of each pass, [B, T, 1, E…]
         targets = targets[:, None, None].expand(len(targets), log_probs.shape[1], 1, *targets.shape[1:])
-        loss = mean_counted(supervised_loss(policy, targets), counted)
+        loss = mean_counted(settings.supervised_loss(policy, targets), counted)
     else:
-        old_log_probs = episode.log_probs.detach()
-        losses, ratio, clipped = clipped_loss(log_probs, old_log_probs, episode.advantages, clip_low, clip_high)
+        clip = settings.clip_low, settings.clip_high
+        losses, ratio, clipped = clipped_loss(log_probs, episode.log_probs.detach(), episode.advantages, *clip)
         loss = mean_counted(losses, counted)
         log = {
             "policy/ratio": mean_counted(ratio.detach(), counted),
             "policy/clip_fraction": mean_counted(clipped.to(ratio.dtype), counted),
         }
-    if kl_coef:
+    if settings.kl_coef:
         kl = mean_counted(kl_divergence(policy, reference_policy), counted)
-        loss = loss + kl_coef * kl
+        loss = loss + settings.kl_coef * kl
         log["policy/kl"] = kl.detach()
-    if entropy_coef:
-        loss = loss - entropy_coef * mean_counted(policy.entropy(), counted)
+    if settings.entropy_coef:
+        loss = loss - settings.entropy_coef * mean_counted(policy.entropy(), counted)
     return loss, log | {"loss": loss.detach()}
 
 
-def sum_over_processes(params: list[Tensor], loss: Tensor) -> Tensor:
+def sum_gradients(params: list[Tensor], loss: Tensor) -> Tensor:
     """Sum the gradients over all processes in one message, where there are several; returns the sum of their losses."""
     if not (dist.is_available() and dist.is_initialized()):
         return loss
@@ -319,16 +356,13 @@ def sum_over_processes(params: list[Tensor], loss: Tensor) -> Tensor:
 
 def optimizer_step(optimizer: torch.optim.Optimizer, max_grad_norm: float, loss: Tensor) -> Tensor:
     """Clip the gradients (summed over all processes), step unless loss or gradient are not finite, return the norm
-    before clipping.
-
-    A fused optimizer is told on the device (`found_inf`, as torch.amp does it), at no sync: once bad it stays where it
-    is until the caller has read the norm. With another one it is looked at here and raises FloatingPointError.
-    """
+    before clipping. A fused optimizer is told on the device (`found_inf`, as torch.amp does it), at no sync: once bad
+    it stays where it is until the caller has read the norm. With another one a bad step raises FloatingPointError."""
     params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     for p in params:  # a batch without a live group has zero gradients, not none
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    loss = sum_over_processes(params, loss)
+    loss = sum_gradients(params, loss)
     grad_norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm)
     bad = ~(grad_norm.isfinite() & loss.isfinite())
     if optimizer.defaults.get("fused"):
@@ -343,6 +377,8 @@ def optimizer_step(optimizer: torch.optim.Optimizer, max_grad_norm: float, loss:
 def weighted_mean(rows: list[tuple[float | Tensor, dict[str, Tensor]]]) -> dict[str, Tensor]:
     """Mean of each name over rows of (weight, measurements)."""
     total = sum(weight for weight, _ in rows)
+    if isinstance(total, Tensor):  # elements that count, of which the batch may have none
+        total = total.clamp(min=torch.finfo(total.dtype).tiny)
     return {name: sum(weight * row[name] for weight, row in rows) / total for name in (rows[0][1] if rows else ())}
 
 
@@ -350,21 +386,11 @@ def update_policy(
     model,
     optimizer: torch.optim.Optimizer,
     episodes: Iterable[Episode],
-    *,
-    batch_size: int,
-    micro_batch_size: int,
     policy_adapter: PolicyAdapter,
-    num_counted: Tensor | None = None,
-    objective: str = "grpo",
-    supervised_loss: SupervisedLoss = nll,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    update_epochs: int = 1,
-    kl_coef: float = 0.0,
-    entropy_coef: float = 0.0,
+    settings: UpdateSettings,
+    *,
+    batch_size: int | Tensor,
     reference=None,
-    max_grad_norm: float = 1.0,
-    pad_to: int = 1,
 ) -> dict[str, Tensor]:
     """`update_epochs` optimizer steps on one batch of experience. Returns metrics, 0-dim tensors on the device, and
     `group_rewards`, the mean reward of each group, [batch_size].
@@ -372,93 +398,51 @@ def update_policy(
     episodes: the micro-batches' rollouts, best a generator: each is differentiated and let go before the next is made,
         so that memory follows the micro-batch. Rollouts without a graph (`keep_graph=False`) are kept instead, and
         their live images replayed under the stored masks and actions. Both ways give the same gradient.
-    batch_size: images in the whole batch (of all processes), dead groups included: the denominator, known before the
-        first backward. num_counted: where episodes have `counted`, the elements that count in the whole batch instead.
-    micro_batch_size: images at a time in a replay. pad_to: see `select_live`.
-    objective: `grpo`, clipped surrogate + kl_coef * KL(policy || reference) - entropy_coef * entropy; or `supervised`,
-        supervised_loss(policy, targets) under the same passes, per element. reference: the frozen model of the KL term,
-        run under the same masks.
-    max_grad_norm: gradients are clipped to this norm over all parameters.
+    batch_size: `size_of` the whole batch (of all processes), dead groups included: the denominator of each mean.
+    reference: the frozen model of the KL term, run under the same masks.
     """
-    seen, updated, lowest, group_rewards = [], [], [], []  # (share, measurements) of rollouts and of backward passes
-
-    def share(episode: Episode) -> float | Tensor:  # of the batch's elements that count
-        if episode.counted is None:
-            return len(episode) / batch_size
-        return episode.counted.sum().to(episode.log_probs.dtype) / num_counted.clamp(min=1)
+    seen, updated, stored = [], [], []  # (weight, metrics) of rollouts and of backward passes; what is to be replayed
 
     def backward(episode: Episode, policy: Distribution, log_probs: Tensor) -> None:
-        reference_policy = None
-        if kl_coef:
-            with torch.no_grad():
-                reference_policy = policy_adapter(reference(episode.inputs, episode.masks))
-        loss, log = policy_loss(
-            episode,
-            policy,
-            log_probs,
-            objective=objective,
-            supervised_loss=supervised_loss,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            kl_coef=kl_coef,
-            entropy_coef=entropy_coef,
-            reference_policy=reference_policy,
-        )
-        (loss * share(episode)).backward()
-        updated.append((share(episode), log))
+        with torch.no_grad():
+            reference_policy = policy_adapter(reference(episode.inputs, episode.masks)) if settings.kl_coef else None
+        loss, log = policy_loss(episode, policy, log_probs, settings, reference_policy)
+        share = share_of(episode, batch_size)
+        (loss * share).backward()
+        updated.append((share, log))
 
-    def replay(episodes: list[Episode]) -> None:
-        for episode in episodes:
-            for start in range(0, len(episode), micro_batch_size):
-                part = episode[start : start + micro_batch_size]
+    def replay() -> None:
+        for episode in stored:
+            for start in range(0, len(episode), settings.micro_batch_size):
+                part = episode[start : start + settings.micro_batch_size]
                 policy = policy_adapter(model(part.inputs, part.masks))
                 backward(part, policy, action_log_prob(policy, part.actions))
 
-    def step() -> Tensor:
-        loss = sum((weight * log["loss"] for weight, log in updated), torch.zeros_like(lowest[0]))
-        return optimizer_step(optimizer, max_grad_norm, loss)
-
-    optimizer.zero_grad(set_to_none=False)  # made anew amid a graph, gradients would leave holes in the memory
-    stored = []
+    optimizer.zero_grad(set_to_none=False)  # kept: gradients made anew between graphs would fragment the memory
     for episode in episodes:
         with torch.no_grad():
-            rewards, shape = episode.rewards, episode.log_probs.shape
-            counted = episode.counted if rewards.shape == shape else None
-            group_rewards.append(mean_per_image(rewards, counted))
-            log = {
-                "reward/mean": group_rewards[-1].mean(),
-                "reward/std": mean_per_image(rewards.std((1, 2), correction=0), counted).mean(),
-                "groups/live": live_groups(episode.advantages).to(rewards.dtype).mean(),
-                "policy/entropy": mean_per_image(episode.metadata["entropy"], episode.counted).mean(),
-            }
-            for name, term in episode.metadata["reward_terms"].items():
-                log[f"reward/{name}"] = mean_per_image(term, episode.counted if term.shape == shape else None).mean()
-            seen.append((len(episode), log))
-            lowest.append(rewards.min())
+            seen.append((len(episode), rollout_metrics(episode)))
         one_pass = episode.log_probs.requires_grad
         if one_pass:
             backward(episode, episode.policy, episode.log_probs)
-        if not one_pass or update_epochs > 1:
+        if not one_pass or settings.update_epochs > 1:
             stored.append(episode.detach())
         del episode  # before the next one is made
-    if stored and objective == "grpo" and kl_coef == 0 and entropy_coef == 0:
-        live = select_live(stored, pad_to)
-        stored = [live] if live is not None else []
-    if not one_pass:
-        replay(stored)
-    grad_norm = step()
-    for _ in range(1, update_epochs):
-        optimizer.zero_grad(set_to_none=False)
-        replay(stored)
-        grad_norm = step()
+    if stored and settings.may_replay:
+        stored = select_live(stored, settings.pad_to)
+    lowest, group_rewards = ([log.pop(name) for _, log in seen] for name in ("reward/min", "group_rewards"))
+    zero = torch.zeros_like(lowest[0])
+    for epoch in range(settings.update_epochs):
+        if epoch > 0:
+            optimizer.zero_grad(set_to_none=False)
+        if epoch > 0 or not one_pass:
+            replay()
+        loss = sum((weight * log["loss"] for weight, log in updated), zero)
+        grad_norm = optimizer_step(optimizer, settings.max_grad_norm, loss)
 
-    metrics = weighted_mean(seen) | weighted_mean(updated)
-    zero = torch.zeros_like(grad_norm)
-    metrics["loss"] = sum((weight * log["loss"] for weight, log in updated), zero) / update_epochs
-    return metrics | {
-        "policy/ratio": metrics.get("policy/ratio", zero + 1),
-        "policy/clip_fraction": metrics.get("policy/clip_fraction", zero),
-        "policy/kl": metrics.get("policy/kl", zero),
+    unmeasured = {"policy/ratio": 1 + zero, "policy/clip_fraction": zero, "policy/kl": zero}
+    return (unmeasured | weighted_mean(seen) | weighted_mean(updated)) | {
+        "loss": loss / settings.update_epochs,
         "reward/min": torch.stack(lowest).min(),
         "grad_norm": grad_norm,
         "group_rewards": torch.cat(group_rewards),

@@ -1,9 +1,11 @@
 """Several processes, by `torchrun`: how they meet, agree, and put together what each has of a batch."""
 
 import os
+import signal
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,3 +79,35 @@ def gathered(rows: Iterator[tuple], count: int, group: dist.ProcessGroup) -> Ite
         everybody = None if rank else [None] * world
         dist.gather_object(row, everybody, group=group)
         yield from filter(None, everybody or ())
+
+
+def sum_over_processes(value: int | Tensor) -> int | Tensor:
+    """The sum of a number over all processes; as many times the same where it is an int."""
+    if not dist.is_initialized():
+        return value
+    if isinstance(value, int):
+        return value * dist.get_world_size()
+    dist.all_reduce(value)
+    return value
+
+
+def from_rank_zero(function: Callable[[], Any], group: dist.ProcessGroup | None) -> Any:
+    """What `function` returns on rank 0, the only one that calls it, on all processes."""
+    answer = [None if rank_and_world()[0] and group else function()]
+    if group:
+        dist.broadcast_object_list(answer, group=group)
+    return answer[0]
+
+
+def catch_signals() -> list[int]:
+    """A list that gets the number of a SIGINT or SIGTERM, for the run to finish its step; a second one stops at
+    once."""
+    stop: list[int] = []
+
+    def on_signal(number: int, _frame) -> None:
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    return stop

@@ -10,31 +10,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Categorical
 from torch.utils.data import Dataset
 
 from data_types import Credit, InputError, TensorMiniBatch
-from grpo import nll
-from vision_task import (
-    Prepared,
-    decode_image,
-    draw_mirrored,
-    draw_predictions,
-    find_images,
-    heat_map,
-    mirror,
-    mutual_information,
-    predictive_entropy,
-    upright_size,
-)
+from evaluation import DenseEvaluation, confusion_matrix, draw_confusion, predictive_entropy, to_picture, to_tensor
+from images import ImageDataset, decode_image, draw_mirrored, find_images, mirror, upright_size
+from vision_task import Task
 
 IGNORED = 255
-DEFAULT_REWARD = {"mask_iou_credit": 1.0}
-BEST = "eval/mean_iou"  # what best.pt is chosen by
-
-
-# --- Data -----------------------------------------------------------------------------------------------------------
 
 
 def by_stem(folder: str) -> dict[str, str]:
@@ -49,10 +34,8 @@ def by_stem(folder: str) -> dict[str, str]:
 
 
 def decode_mask(path: str, size: tuple[int, int], image_size: int, num_classes: int) -> Tensor:
-    """The mask file as uint8 [image_size, image_size] of class ids and 255, resized by nearest neighbour.
-
-    size: width and height it must have. Raises InputError with one line that names the file.
-    """
+    """The mask file as uint8 [image_size, image_size] of class ids and 255, resized by nearest neighbour. size: width
+    and height it must have. Raises InputError with one line that names the file."""
     try:
         with Image.open(path) as mask:
             mask.load()
@@ -64,25 +47,23 @@ def decode_mask(path: str, size: tuple[int, int], image_size: int, num_classes: 
     if mask.size != size:
         raise InputError(f"{path}: the mask has {mask.size[0]}x{mask.size[1]} pixels, its image {size[0]}x{size[1]}")
     values = np.asarray(mask, dtype=np.uint8)  # of a palette the index, not the colour
-    unknown = np.unique(values[(values >= num_classes) & (values != IGNORED)])
+    unknown = values[(values >= num_classes) & (values != IGNORED)]
     if len(unknown):
-        raise InputError(
-            f"{path}: pixel value {unknown[0]}, but the classes are 0 to {num_classes - 1} ({IGNORED} is ignored)"
-        )
+        which = f"pixel value {unknown.min()}, but the classes are 0 to {num_classes - 1}"
+        raise InputError(f"{path}: {which} ({IGNORED} is ignored)")
     resized = Image.fromarray(values).resize((image_size, image_size), Image.Resampling.NEAREST)
     return torch.from_numpy(np.array(resized))
 
 
-class SegmentationDataset(Dataset):
+class SegmentationDataset(ImageDataset):
     """A folder of `images/` and `masks/` with the same stems; a mask's pixel value is the class, 255 is ignored.
 
     classes: the class names in order of the pixel value; None reads them from `classes.txt`, one a line, or numbers
-    them 0 … num_classes - 1 where there is no such file.
-    Item i is uint8 [4, image_size, image_size]: the image and, as its fourth channel, the mask.
-    Raises InputError for a missing folder, image or mask and for unknown classes.
+    them 0 … num_classes - 1 where there is no such file. Item i is uint8 [4, image_size, image_size]: the image and, as
+    its fourth channel, the mask. Raises InputError for a missing folder, image or mask and for unknown classes.
     """
 
-    channels = 4
+    channels = 4  # the mask is the fourth
 
     def __init__(self, root: str, image_size: int, classes: list[str] | None = None, num_classes: int | None = None):
         for folder in ("images", "masks"):
@@ -100,9 +81,6 @@ class SegmentationDataset(Dataset):
         self.mask_paths = [masks[stem] for stem in images]
         self.classes = list(classes) if classes else read_classes(root, num_classes)
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
     def __getitem__(self, index: int) -> Tensor:
         image = decode_image(self.paths[index], self.image_size)
         size = upright_size(self.paths[index])
@@ -113,19 +91,15 @@ class SegmentationDataset(Dataset):
         """Items [B, 4, H, W] -> inputs [B, 3, H, W], targets [B, H, W] int64 (0 where ignored) and counted pixels."""
         counted = items[:, 3] != IGNORED
         targets = torch.where(counted, items[:, 3], 0).long()
-        paths = list(map(self.paths.__getitem__, indices.tolist()))
-        metadata = {"paths": paths, "indices": indices, "classes": tuple(self.classes)}
-        return TensorMiniBatch(items[:, :3], targets, metadata, counted)
+        return TensorMiniBatch(items[:, :3], targets, self.metadata(indices), counted)
 
 
 def read_classes(root: str, num_classes: int | None) -> list[str]:
     """The lines of root/classes.txt, or the numbers of `num_classes` classes. Raises InputError."""
     path = Path(root, "classes.txt")
+    if not path.exists() and num_classes is None:
+        raise InputError(f"{path}: no such file; name the masks' classes in it, one a line, or set model.num_classes")
     if not path.exists():
-        if num_classes is None:
-            raise InputError(
-                f"{path}: no such file; name the masks' classes in it, one a line, or set model.num_classes"
-            )
         return [str(i) for i in range(num_classes)]
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -138,37 +112,11 @@ def read_classes(root: str, num_classes: int | None) -> list[str]:
     return names
 
 
-def open_dataset(root: str, config: dict, classes: list[str] | None) -> SegmentationDataset:
-    model = config["model"]
-    return SegmentationDataset(root, model["image_size"], classes, model["num_classes"])
-
-
-def mirror_batch(batch: TensorMiniBatch) -> TensorMiniBatch:
-    """Half of the images left to right, with their masks."""
-    chosen = draw_mirrored(batch.inputs)
-    inputs, targets, counted = (mirror(x, chosen) for x in (batch.inputs, batch.targets, batch.counted))
-    return TensorMiniBatch(inputs, targets, batch.metadata, counted)
-
-
-# --- Policy ---------------------------------------------------------------------------------------------------------
-
-
-def head_size(num_classes: int, patch_size: int) -> int:
-    """Width of the dense head: a patch token gives the class logits of its patch_size² pixels."""
-    return patch_size**2 * num_classes
-
-
 def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
     """[…, P, patch_size² · K] -> [..., H, W, K]: the logits of each patch's pixels (row by row) in their place."""
     side = math.isqrt(tokens.shape[-2])
     x = tokens.unflatten(-1, (patch_size, patch_size, -1)).unflatten(-4, (side, side))  # […, row, column, y, x, K]
     return x.transpose(-4, -3).flatten(-5, -4).flatten(-3, -2)  # […, row, y, column, x, K] -> […, H, W, K]
-
-
-def network(model: nn.Module, config: dict) -> Prepared:
-    """`model` as a function of uint8 images to logits [B, H, W, K], or [B, T, H, W, K] under masks."""
-    data, patch_size = config["data"], config["model"]["patch_size"]
-    return Prepared(model, data["mean"], data["std"], lambda tokens: unpatchify(tokens, patch_size))
 
 
 class PixelClasses(Categorical):
@@ -192,20 +140,8 @@ def mask_policy_adapter(outputs: Tensor) -> PixelClasses:
     return PixelClasses(outputs.to(torch.promote_types(outputs.dtype, torch.float32)))
 
 
-def policy_adapter(config: dict, progress: float):
-    return mask_policy_adapter
-
-
-def supervised_loss(config: dict):
-    return nll
-
-
-# --- Rewards --------------------------------------------------------------------------------------------------------
-
-
 def pixel_reward(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict) -> Tensor:
-    """1 for each pixel of the right class, 0 otherwise. actions: [B, T, A, H, W]; targets: [B, H, W]; returns
-    [B, T, A, H, W] float."""
+    """1 for a pixel's right class, 0 otherwise: float [B, T, A, H, W]. actions: [B, T, A, H, W]; targets: [B, H, W]."""
     return (actions == targets[:, None, None]).float()
 
 
@@ -216,15 +152,10 @@ def pixel_cases(actions: Tensor, targets: Tensor, num_classes: int) -> Tensor:
     return torch.add(chosen, chosen == targets.flatten(1)[:, None, None], alpha=num_classes)
 
 
-def pixel_counts(
-    cases: Tensor, targets: Tensor, counted: Tensor | None, num_classes: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Counted pixels of each class: intersection I, predicted P, true Y, each float [B, T, A, K].
-
-    cases: [B, T, A, HW], see `pixel_cases`; targets, counted (None: all count): [B, H, W].
-    """
-    weight = torch.ones_like(targets.flatten(1)) if counted is None else counted.flatten(1)  # [B, HW]
-    weight = weight.float()
+def pixel_counts(cases: Tensor, targets: Tensor, counted: Tensor | None, num_classes: int) -> tuple[Tensor, ...]:
+    """Counted pixels of each class: intersection I, predicted P, true Y, each float [B, T, A, K]. cases: [B, T, A, HW],
+    see `pixel_cases`; targets, counted (None: all count): [B, H, W]."""
+    weight = (torch.ones_like(targets) if counted is None else counted).flatten(1).float()  # [B, HW]
     zeros = weight.new_zeros(*cases.shape[:3], 2 * num_classes)
     wrong, intersection = zeros.scatter_add(3, cases, weight[:, None, None].expand_as(cases)).split(num_classes, 3)
     true = weight.new_zeros(len(targets), num_classes).scatter_add(1, targets.flatten(1), weight)
@@ -263,7 +194,6 @@ def mask_iou_credit(actions: Tensor, outputs: Tensor, targets: Tensor, metadata:
     rem_wrong = weight * intersection / (union * (union - 1)).clamp(min=1)
     add_wrong = -weight * intersection / (union * (union + 1)).clamp(min=1)
     rem, add = torch.cat([rem_wrong, -right], -1), torch.cat([add_wrong, right], -1)  # [B, T, A, 2K], by case
-
     truth = targets.flatten(1)[:, None, None].expand_as(cases)
     prob_truth = probs.gather(-1, truth[:, :, 0, :, None])[..., 0].unsqueeze(2)  # [B, T, 1, HW]
     prob_chosen = probs[:, :, None].expand(*cases.shape, -1).gather(-1, actions.flatten(3)[..., None])[..., 0]
@@ -273,20 +203,9 @@ def mask_iou_credit(actions: Tensor, outputs: Tensor, targets: Tensor, metadata:
     return Credit(advantages.view(actions.shape), mean_iou(*counts))
 
 
-# --- Metric and pictures --------------------------------------------------------------------------------------------
-
-
-def confusion_matrix(predicted: Tensor, targets: Tensor, counted: Tensor, num_classes: int) -> Tensor:
-    """Counted pixels by [truth, prediction]: int64 [K, K]. All arguments of one shape."""
-    index = targets[counted] * num_classes + predicted[counted]
-    return torch.bincount(index, minlength=num_classes**2).view(num_classes, num_classes)
-
-
 def segmentation_metrics(confusion: Tensor, classes: list[str]) -> dict[str, float]:
-    """IoU of each class, their mean over the classes that truth or prediction hold, and pixel accuracy.
-
-    confusion: [K, K] over the whole data set, which is not the mean of the images' IoUs.
-    """
+    """IoU of each class, their mean over the classes that truth or prediction hold, and pixel accuracy. confusion:
+    [K, K] over the whole data set, which is not the mean of the images' IoUs."""
     hits = confusion.diagonal().double()
     union = confusion.sum(0) + confusion.sum(1) - hits
     iou = (hits / union)[union > 0]
@@ -294,51 +213,84 @@ def segmentation_metrics(confusion: Tensor, classes: list[str]) -> dict[str, flo
     return figures | {f"iou/{classes[i]}": float(hits[i] / union[i]) for i in (union > 0).nonzero().flatten().tolist()}
 
 
-class Evaluation:
-    """Collects the predictions for a data set: of the deterministic network and of the mean over T passes."""
+def overlay(image: Tensor, mask: Tensor) -> Tensor:
+    """image: uint8 [3, H, W]; mask: class ids [H, W]. Class 0 stays as it is, ignored pixels are white."""
+    phase = torch.tensor([0, 1 / 3, 2 / 3], device=mask.device)[:, None, None]
+    hue = mask * 0.381966 + phase  # golden-ratio steps around the colour wheel
+    colour = torch.where(mask == IGNORED, 255.0, 127.5 + 127.5 * torch.cos(2 * math.pi * hue))
+    return torch.where(mask == 0, image.float(), 0.4 * image + 0.6 * colour).to(torch.uint8)
 
-    def __init__(self, dataset: SegmentationDataset, config: dict, shown: int = 8):
-        self.classes, self.shown = dataset.classes, shown
-        num_classes = len(dataset.classes)
-        self.confusions = [torch.zeros(num_classes, num_classes, dtype=torch.int64) for _ in range(2)]
-        self.pictures: list[tuple[float, Tensor]] = []  # the most uncertain: (mean entropy, picture)
+
+class MaskEvaluation(DenseEvaluation):
+    """Counts pixels by truth and prediction over the data set."""
+
+    parts = "image, truth, prediction, disagreement"
+
+    def __init__(self, task: Task, dataset: SegmentationDataset, shown: int = 8):
+        super().__init__(task, dataset, shown)
+        self.confusions = torch.zeros(2, len(dataset.classes), len(dataset.classes), dtype=torch.int64)
 
     def add(self, batch: TensorMiniBatch, outputs: Tensor, outputs_mc: Tensor) -> None:
         """outputs: logits [B, H, W, K] of the deterministic network; outputs_mc: [B, T, H, W, K] of T passes."""
         passes = mask_policy_adapter(outputs_mc).probs
         mean = passes.mean(1)  # [B, H, W, K]
         for confusion, scores in zip(self.confusions, (outputs, mean)):
-            confusion += confusion_matrix(scores.argmax(-1), batch.targets, batch.counted, len(self.classes)).cpu()
-        entropy = (predictive_entropy(mean) * batch.counted).mean((1, 2))  # [B], nats
-        for i in entropy.argsort(descending=True)[: self.shown].tolist():
+            confusion += confusion_matrix(scores.argmax(-1), batch.targets, len(confusion), batch.counted).cpu()
+
+        def draw_parts(i: int) -> list[Tensor]:
             truth = batch.targets[i].where(batch.counted[i], IGNORED)
-            picture = [
-                batch.inputs[i],
-                overlay(batch.inputs[i], truth),
-                overlay(batch.inputs[i], mean[i].argmax(-1)),
-                heat_map(mutual_information(passes[i])),  # [T, H, W, K]
-            ]
-            self.pictures.append((float(entropy[i]), torch.cat(picture, -1).cpu()))
-        self.pictures = sorted(self.pictures, key=lambda row: -row[0])[: self.shown]
+            image, prediction = batch.inputs[i], mean[i].argmax(-1)
+            return [image, overlay(image, truth), overlay(image, prediction)]
 
-    def figures(self) -> dict[str, float]:
-        return {
-            f"{prefix}/{name}": value
-            for prefix, confusion in zip(("eval", "eval_mc"), self.confusions)
-            for name, value in segmentation_metrics(confusion, self.classes).items()
-        }
+        self.keep((predictive_entropy(mean) * batch.counted).mean((1, 2)), passes, draw_parts)
 
-    def draw(self) -> Tensor:
-        """The most uncertain images, each with true mask, predicted mask and the passes' disagreement (mutual
-        information of pass and class): uint8 [3, height, width]."""
-        captions = [[f"image, truth, prediction, disagreement; entropy {entropy:.2f}"] for entropy, _ in self.pictures]
-        return draw_predictions([picture for _, picture in self.pictures], captions, columns=2)
+    def metrics_of_both(self) -> list[dict[str, float]]:
+        return [segmentation_metrics(confusion, self.dataset.classes) for confusion in self.confusions]
+
+    def charts(self) -> dict[str, Image.Image]:
+        return {"confusion": draw_confusion(self.confusions[1], self.dataset.classes)}
 
 
-def overlay(image: Tensor, mask: Tensor) -> Tensor:
-    """image: uint8 [3, H, W]; mask: class ids [H, W]. Class 0 stays as it is, ignored pixels are white."""
-    phase = torch.tensor([0, 1 / 3, 2 / 3], device=mask.device)[:, None, None]
-    hue = mask * 0.381966 + phase  # golden-ratio steps around the colour wheel
-    colour = 127.5 + 127.5 * torch.cos(2 * math.pi * hue)
-    colour = torch.where(mask == IGNORED, 255.0, colour)
-    return torch.where(mask == 0, image.float(), 0.4 * image + 0.6 * colour).to(torch.uint8)
+class Segmentation(Task):
+    """A class for each pixel: each patch token gives the class logits of its patch_size² pixels."""
+
+    rewards = {"mask_iou_credit": mask_iou_credit, "mask_iou_reward": mask_iou_reward, "pixel_reward": pixel_reward}
+    best = "eval/mean_iou"
+    dense = True
+
+    def open(self, root: str, classes: list[str] | None = None) -> SegmentationDataset:
+        model = self.config["model"]
+        return SegmentationDataset(root, model["image_size"], classes, model["num_classes"])
+
+    def head_size(self, num_classes: int) -> int:
+        return self.config["model"]["patch_size"] ** 2 * num_classes
+
+    def arrange(self, outputs: Tensor) -> Tensor:
+        """[…, P, patch_size² · K] -> logits […, H, W, K]."""
+        return unpatchify(outputs, self.config["model"]["patch_size"])
+
+    def policy(self, outputs: Tensor, progress: float = 1.0) -> PixelClasses:
+        return mask_policy_adapter(outputs)
+
+    def mirror(self, batch: TensorMiniBatch) -> TensorMiniBatch:
+        chosen = draw_mirrored(batch.inputs)
+        inputs, targets, counted = (mirror(x, chosen) for x in (batch.inputs, batch.targets, batch.counted))
+        return TensorMiniBatch(inputs, targets, batch.metadata, counted)
+
+    def evaluation(self, dataset: Dataset) -> MaskEvaluation:
+        return MaskEvaluation(self, dataset)
+
+    def describe(self, outputs: Tensor, path: str, classes: list[str]) -> tuple[dict, Image.Image]:
+        """The shares of the mask's pixels; the mask (mode L) at the image file's size. outputs: logits [T, H, W, K]."""
+        mask = to_picture(self.probabilities(outputs).mean(0).argmax(-1).to(torch.uint8))
+        mask = mask.resize(upright_size(path), Image.Resampling.NEAREST)
+        counts = mask.histogram()[: len(classes)]
+        return {"shares": {name: count / sum(counts) for name, count in zip(classes, counts) if count}}, mask
+
+    def in_words(self, record: dict) -> str:
+        return ", ".join(f"{name} {share:.1%}" for name, share in record["shares"].items())
+
+    def draw(self, picture: Image.Image, record: dict, found: Image.Image) -> dict[str, tuple[str, Image.Image]]:
+        """The mask, whose pixel values are the classes, and the picture under it."""
+        small = to_tensor(found.resize(picture.size, Image.Resampling.NEAREST))
+        return {"mask": ("masks", found), "picture": ("overlays", to_picture(overlay(to_tensor(picture), small)))}

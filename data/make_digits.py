@@ -13,14 +13,12 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 here = Path(__file__).parent
-digits = load_digits()
-train, evaluation = train_test_split(
-    np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0
-)
-for name, indices in (("train", train), ("eval", evaluation)):
+images, labels = load_digits(return_X_y=True)
+split = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+for name, indices in zip(("train", "eval"), split):
     for i in indices:
-        folder = here / name / str(digits.target[i])
+        folder = here / name / str(labels[i])
         folder.mkdir(parents=True, exist_ok=True)
-        pixels = np.round(digits.images[i] * (255 / 16)).astype(np.uint8)
+        pixels = np.round(images[i].reshape(8, 8) * (255 / 16)).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:04d}.png", optimize=True)
     print(f"{here / name}: {len(indices)} images")

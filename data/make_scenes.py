@@ -7,7 +7,6 @@ Scene i is a function of the seed and i alone, however many are made. See data/R
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -90,13 +89,9 @@ def draw_background(digits: list, size: int, base: float, rng: np.random.Generat
     return canvas
 
 
-def make_scene(
-    digits: list, size: int, noise: tuple[float, float], rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, list]:
+def make_scene(digits: list, size: int, noise: tuple, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list]:
     """One scene: image and mask (0, or 1 + the digit), both [size, size] uint8, and per digit (class, box, area).
-
-    noise: the least and the greatest standard deviation, in grey levels; drawn last, so that the rest is the same.
-    """
+    noise: the least and the greatest standard deviation, in grey levels; drawn last, so that the rest is the same."""
     base = rng.uniform(20, 90)
     canvas = draw_background(digits, size, base, rng)
     owner = np.zeros((size, size), dtype=np.int64)  # 0, or the digit on top there, counted from 1
@@ -121,9 +116,7 @@ def make_scene(
     return canvas.round().clip(0, 255).astype(np.uint8), values[owner], placed
 
 
-def write_split(
-    folder: Path, split: int, count: int, digits: list, noise: tuple[float, float], args: argparse.Namespace
-) -> None:
+def write_split(folder: Path, split: int, count: int, digits: list, noise: tuple, args: argparse.Namespace) -> None:
     """Writes `count` scenes into folder/images, folder/masks, folder/classes.txt and folder/annotations.json."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "masks").mkdir(exist_ok=True)
@@ -152,19 +145,13 @@ def foreign_file(out: Path, counts: dict[str, int]) -> Path | None:
     ours = {out / split / name for split in counts for name in ("classes.txt", "annotations.json")}
     for split, count in counts.items():
         ours |= {out / split / part / f"{i:06d}.png" for part in ("images", "masks") for i in range(count)}
-    files = (Path(root, name) for root, _, names in os.walk(out) for name in names)
-    return min((file for file in files if file not in ours), default=None)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        """One line and exit status 2, without the usage."""
-        self.exit(2, f"{self.prog}: {message}\n")
+    return min((path for path in out.rglob("*") if not path.is_dir() and path not in ours), default=None)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns 0, exits with 2 for bad input."""
-    parser = Parser(prog="make_scenes.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="make_scenes.py", description=__doc__.split("\n")[0])
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     parser.add_argument("--out", type=Path, default=HERE / "scenes", metavar="DIR", help="(data/scenes)")
     parser.add_argument("--train", type=int, default=8000, metavar="N", help="training scenes (8000)")
     parser.add_argument("--eval", type=int, default=500, metavar="N", help="evaluation scenes (500)")

@@ -35,9 +35,9 @@ def command(folder: Path, name: str, steps: int, *more: str) -> list[str]:
     return ["train.py", "--config", "config_digits.yaml", *more, *keys]
 
 
-def start(arguments: list[str], *launcher: str) -> subprocess.Popen:
+def start(arguments: list[str], *launcher: str, stdout=subprocess.PIPE) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipes = {"stdout": stdout, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([sys.executable, *launcher, *arguments], cwd=ROOT, env=environment, **pipes)
 
 
@@ -97,31 +97,37 @@ def check_step(run: Path) -> int:
     return max((int(path.stem.split("_")[1]) for path in run.glob("step_*.pt")), default=0)
 
 
+def resumed(output: Path) -> list[int]:
+    """The steps that one group of ranks after the other went on after."""
+    return [int(step) for step in re.findall(r"going on after step (\d+)", output.read_text())]
+
+
 def kill_ranks(folder: Path, kills: int, steps: int, rng: random.Random) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={kills + 1}"]
-    process = start(command(folder, "ranks", steps, "--resume", "auto"), *launcher)
-    run, log = folder / "ckpt" / "ranks", []
-    os.set_blocking(process.stdout.fileno(), False)
+    run, output, log = folder / "ckpt" / "ranks", folder / "ranks.txt", []
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launcher += [f"--max-restarts={kills}"]  # a group that dies by itself is one too many
+    with open(output, "w") as file:  # not a pipe, which fills up
+        process = start(command(folder, "ranks", steps, "--resume", "auto"), *launcher, stdout=file)
     for kill in range(kills):
-        saved = check_step(run)
-        while process.poll() is None and check_step(run) <= saved:  # at least one new checkpoint since the last kill
+        # The rank that is left of a killed group may still end its write of a checkpoint, so a new file says nothing.
+        # Its successors do not start before it is gone: they say where they go on, and the file after that is theirs.
+        while process.poll() is None:
+            went_on = resumed(output)
+            if len(went_on) == kill and check_step(run) > max(went_on, default=0):
+                break
             time.sleep(0.05)
         time.sleep(rng.uniform(0, 0.5))
-        victims = workers(process.pid)
-        if process.poll() is not None or not victims:
+        if process.poll() is not None or len(victims := workers(process.pid)) < 2:  # at its end
             break
         last = check_step(run)
         os.kill(rng.choice(victims), signal.SIGKILL)
         log.append(last)
         print(f"kill {kill + 1} of a rank: after step {last}", flush=True)
-    os.set_blocking(process.stdout.fileno(), True)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
+    assert process.wait() == 0, output.read_text()
     assert check_files(run) == steps
-    resumed = [int(step) for step in re.findall(r"going on after step (\d+)", output)]
-    lost = [last - step for last, step in zip(log, resumed)]
-    assert len(resumed) >= len(log) and max(lost, default=0) <= 0, (log, resumed)
-    print(f"{len(log)} kills of a rank: ended after {steps} steps, went on after {resumed}")
+    went_on = resumed(output)  # one for each kill, in turn
+    assert len(went_on) == len(log) and all(step >= last for step, last in zip(went_on, log)), (log, went_on)
+    print(f"{len(log)} kills of a rank: ended after {steps} steps, went on after {went_on}")
 
 
 def workers(pid: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Boxes: COCO's format, assignment, the policy, rewards and losses against slow references, decoding."""
+"""Boxes: COCO's format, assignment, the policy, rewards and losses against slow references, decoding, the metrics."""
 
 import itertools
 import json
@@ -7,37 +7,42 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import message
 from PIL import Image
 from torch.distributions import Categorical, Normal, kl_divergence
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 
 import detection_task as det
+from build import configure
 from coco_ap import average_precision
-from config import check
-from data_types import InputError
 from grpo import action_log_prob, nll, sample_actions
-from vision_task import ordered_batches
+from images import ordered_batches
 
-CONFIG = check(
-    (
-        "test",
-        {
-            "task": "detection",
-            "model.image_size": 16,
-            "model.patch_size": 4,
-            "model.embed_dim": 8,
-            "model.num_heads": 1,
-        },
-    )
-)
 SIDE, K = 4, 3  # 16x16 pixels, 4x4 patches of 4 pixels, 3 classes
 
 
+def task_with(**keys) -> det.Detection:
+    """The task with keys of its section."""
+    keys = {f"detection.{name}": value for name, value in keys.items()}
+    return configure(("test", {"task": "detection", "model.image_size": 16, "model.patch_size": 4} | keys))[1]
+
+
+def shared(a, b) -> float:
+    """The area that two boxes x0 y0 x1 y1 share, in plain Python; of a box with itself it is its area."""
+    return max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+
+
 def iou(a, b) -> float:
-    """IoU of two boxes x0 y0 x1 y1, in plain Python."""
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    inter = max(width, 0) * max(height, 0)
-    return inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter)
+    return shared(a, b) / (shared(a, a) + shared(b, b) - shared(a, b))
+
+
+def slow_nms(boxes, labels, order, threshold=0.5) -> list[int]:
+    """Class-wise, the places in `order`, one by one, in plain Python."""
+    kept: list[int] = []
+    for p in order:
+        if all(labels[q] != labels[p] or iou(boxes[q], boxes[p]) <= threshold for q in kept):
+            kept.append(p)
+    return kept
 
 
 def objects(boxes, labels, crowd=None):
@@ -47,155 +52,131 @@ def objects(boxes, labels, crowd=None):
     return boxes, torch.tensor([labels], dtype=torch.int64).view(1, -1), crowd
 
 
-# --- Assignment -------------------------------------------------------------------------------------------------------
+TARGETS = det.encode(*objects([[2, 3, 14, 9], [1, 9, 6, 15]], [1, 0]), 16, 4, K)[0]
 
 
 def test_an_object_goes_to_the_patches_of_its_middle():
-    """A box of 12x6 pixels at (2, 3): its middle spans x 3.5..12.5, y 3.75..8.25; patch centres are 2, 6, 10, 14."""
-    targets, counted = det.encode(*objects([[2, 3, 14, 9]], [1]), 16, 4, K)
-    classes = targets[0, 0, :, 0].view(SIDE, SIDE)
+    """A box of 11x6 pixels at (1, 3): its middle spans x 2.4..10.6, y 3.75..8.25; patch centres are 2, 6, 10, 14."""
+    targets, counted = det.encode(*objects([[1, 3, 12, 9]], [1]), 16, 4, K)
     expected = torch.full((SIDE, SIDE), float(K))
     expected[1, 1] = expected[1, 2] = 1  # y 6, x 6 and 10
-    assert torch.equal(classes, expected)
+    assert torch.equal(targets[0, 0, :, 0].view(SIDE, SIDE), expected)
     assert counted[0, 0].all() and torch.equal(counted[0, 1].view(SIDE, SIDE), expected == 1)
     raw = targets[0, 1].view(SIDE, SIDE, 4)[1, 1]
-    assert raw.tolist() == pytest.approx([(8 - 6) / 4, 0, math.log(12 / 4), math.log(6 / 4)])
-    corners = det.decode_boxes(targets[0, 1], 4).view(SIDE, SIDE, 4)
-    for x in (1, 2):
-        assert corners[1, x].tolist() == pytest.approx([2, 3, 14, 9], abs=1e-5)
-
-
-def test_a_small_object_goes_to_the_patch_of_its_centre():
-    targets, counted = det.encode(*objects([[8.5, 12.5, 9.5, 13.5]], [2]), 16, 4, K)
-    assert counted[0, 1].nonzero().flatten().tolist() == [3 * SIDE + 2]
-    assert targets[0, 0, 3 * SIDE + 2, 0] == 2
+    assert raw.tolist() == pytest.approx([(6.5 - 6) / 4, 0, math.log(11 / 4), math.log(6 / 4)])
+    for corners in det.decode_boxes(targets[0, 1], 4)[counted[0, 1]]:
+        assert corners.tolist() == pytest.approx([1, 3, 12, 9], abs=1e-5)
+    small, counted = det.encode(*objects([[8.5, 12.5, 9.5, 13.5]], [2]), 16, 4, K)  # only the centre's patch
+    assert counted[0, 1].nonzero().tolist() == [[3 * SIDE + 2]] and small[0, 0, 3 * SIDE + 2, 0] == 2
 
 
 def test_the_smaller_object_wins_and_empty_boxes_are_none():
+    """A batch may have no object at all."""
     big, small, empty = [0, 0, 16, 16], [5, 5, 7, 7], [9, 9, 9, 12]
-    targets, counted = det.encode(*objects([big, small, empty], [0, 1, 2]), 16, 4, K)
-    assert targets[0, 0, :, 0].view(SIDE, SIDE)[1, 1] == 1
-    assert targets[0, 0, :, 0].view(SIDE, SIDE)[2, 2] == 0 and not (targets[0, 0, :, 0] == 2).any()
+    targets, _ = det.encode(*objects([big, small, empty], [0, 1, 2]), 16, 4, K)
+    classes = targets[0, 0, :, 0].view(SIDE, SIDE)
+    assert classes[1, 1] == 1 and classes[2, 2] == 0 and not (classes == 2).any()
     swapped, _ = det.encode(*objects([small, empty, big], [1, 2, 0]), 16, 4, K)
     assert torch.equal(swapped, targets)
+    targets, counted = det.encode(*objects([], []), 16, 4, K)
+    assert (targets[:, 0, :, 0] == K).all() and counted[:, 0].all() and not counted[:, 1].any()
 
 
 def test_in_a_crowd_the_class_does_not_count():
     targets, counted = det.encode(*objects([[0, 0, 8, 16], [1, 1, 3, 3]], [0, 1], [True, False]), 16, 4, K)
-    inside = torch.zeros(SIDE, SIDE, dtype=torch.bool)
-    inside[:, :2] = True
+    inside = torch.tensor([[True, True, False, False]] * SIDE)
     inside[0, 0] = False  # an object's own patch counts
     assert torch.equal(counted[0, 0].view(SIDE, SIDE), ~inside)
     assert counted[0, 1].nonzero().flatten().tolist() == [0] and targets[0, 0, 0, 0] == 1
     assert (targets[0, 0, 1:, 0] == K).all()
 
 
-def test_no_object_in_the_whole_batch():
-    targets, counted = det.encode(*objects([], []), 16, 4, K)
-    assert (targets[:, 0, :, 0] == K).all() and counted[:, 0].all() and not counted[:, 1].any()
-
-
-# --- Data -------------------------------------------------------------------------------------------------------------
-
-
-def coco(root, **changes):
-    """A folder of two images of 8x16 pixels, 32x16 and one without objects; ids with gaps."""
+def coco(root):
+    """A folder of two images with objects and one without, turned by their EXIF; ids with gaps."""
     (root / "images").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for name, (width, height) in {"a.png": (8, 16), "b.jpg": (32, 16), "c.png": (16, 16)}.items():
-        Image.fromarray(rng.integers(0, 255, (height, width, 3)).astype(np.uint8)).save(root / "images" / name)
+    exif, images = Image.Exif(), {"a.jpg": (7, 8, 16), "b.jpg": (3, 32, 16), "c.png": (9, 16, 16)}
+    exif[274] = 6  # stored lying
+    for name, (_, width, height) in images.items():
+        Image.effect_noise((height, width), 50).convert("RGB").save(root / "images" / name, exif=exif)
     data = {
-        "images": [
-            {"id": 7, "file_name": "a.png", "width": 8, "height": 16},
-            {"id": 3, "file_name": "b.jpg", "width": 32, "height": 16},
-            {"id": 9, "file_name": "c.png", "width": 16, "height": 16},
-        ],
+        "images": [{"id": i, "file_name": n, "width": w, "height": h} for n, (i, w, h) in images.items()],
         "annotations": [
             {"id": 1, "image_id": 7, "category_id": 90, "bbox": [2, 4, 4, 8], "iscrowd": 0},
             {"id": 2, "image_id": 3, "category_id": 5, "bbox": [0, 0, 16, 16.5], "iscrowd": 1},
             {"id": 3, "image_id": 3, "category_id": 90, "bbox": [8, 8, 0, 4]},
         ],
         "categories": [{"id": 90, "name": "zebra"}, {"id": 5, "name": "ant"}],
-    } | changes
+    }
     (root / "annotations.json").write_text(json.dumps(data))
-    return root, data
+    return det.DetectionDataset(str(root), 16, 4), data
 
 
 def test_dataset_reads_coco_and_scales_boxes_with_the_image(tmp_path):
     """[x, y, w, h] of 8x16 and 32x16 images -> corners at 16x16; categories by ascending id; padding is -1."""
-    dataset = det.DetectionDataset(str(coco(tmp_path)[0]), 16, 4)
+    dataset, _ = coco(tmp_path)
     assert dataset.classes == ["ant", "zebra"] and len(dataset) == 3 and dataset[0].shape == (3, 16, 16)
     batch = dataset.batch(torch.arange(3), torch.stack([dataset[i] for i in range(3)]))
     assert batch.metadata["boxes"][0, 0].tolist() == [4, 4, 12, 12]
     assert batch.metadata["boxes"][1].tolist() == [[0, 0, 8, 16.5], [4, 8, 4, 12]]
     assert batch.metadata["labels"].tolist() == [[1, -1], [0, 1], [-1, -1]]
     assert batch.metadata["crowd"].tolist() == [[False, False], [True, False], [False, False]]
-    assert batch.targets.shape == (3, 2, 16, 4) and batch.counted.shape == (3, 2, 16)
-    assert batch[1:].metadata["boxes"].shape == (2, 2, 4) and batch[1:].metadata["patch_size"] == 4
+    assert batch.targets.shape == (3, 2, 16, 4) and batch.metadata["patch_size"] == 4
     assert batch.counted[:, 1].sum(1).tolist() == [4, 0, 0]  # the crowd and the empty box are assigned to no patch
 
 
 def test_evaluation_folder_uses_the_training_folders_classes(tmp_path):
-    root, _ = coco(tmp_path)
-    dataset = det.DetectionDataset(str(root), 16, 4, ["bee", "zebra", "ant"])
+    coco(tmp_path)
+    dataset = task_with().open(str(tmp_path), ["bee", "zebra", "ant"])
     assert dataset.labels[0].tolist() == [1] and dataset.labels[1].tolist() == [2, 1]
-    with pytest.raises(InputError, match="annotations.json: categories unknown in training: ant"):
-        det.DetectionDataset(str(root), 16, 4, ["zebra"])
+    expected = f"{tmp_path}/annotations.json: categories unknown in training: ant"
+    assert message(task_with().open, str(tmp_path), ["zebra"]) == expected
+    assert message(task_with().open, f"{tmp_path}/no").startswith(f"{tmp_path}/no/annotations.json: no such file; ")
 
 
-def row(data, section, i, **changes):
-    return {section: [r | changes if j == i else r for j, r in enumerate(data[section])]}
+def row(section, i, **changes):
+    """The change of one row of the file."""
+    return lambda data: {section: [r | changes if j == i else r for j, r in enumerate(data[section])]}
 
 
 BROKEN = {
     "annotations.json: cannot be read": "not json {",
     "it should hold a list of images": lambda d: {"images": 5},
     "it names no image": lambda d: {"images": [], "annotations": []},
-    r"images\[1\] has no file_name": lambda d: {"images": [d["images"][0], {"id": 1, "width": 2, "height": 3}]},
-    r"annotations\[0\] has no image_id": lambda d: {"annotations": ["box"]},
-    r"annotations\[1\]: its ids should be whole": lambda d: row(d, "annotations", 1, image_id="3"),
-    r"there is no file .*images/missing.png": lambda d: row(d, "images", 0, file_name="missing.png"),
-    r"image 3 \(b.jpg\) is there twice": lambda d: {"images": d["images"] + [d["images"][1]]},
-    r"image 7 \(a.png\): width and height should": lambda d: row(d, "images", 0, width=0),
-    r"category 5 \(zebra\) is there twice": lambda d: row(d, "categories", 1, name="zebra"),
-    "annotation 1: there is no image 8": lambda d: row(d, "annotations", 0, image_id=8),
-    "annotation 1: there is no category 6": lambda d: row(d, "annotations", 0, category_id=6),
-    r"annotation 1: bbox \[2, 4, nan, 8\] should be four": lambda d: row(d, "annotations", 0, bbox=[2, 4, math.nan, 8]),
-    r"annotation 1: bbox \[2, 4, -1, 8\] should be four": lambda d: row(d, "annotations", 0, bbox=[2, 4, -1, 8]),
-    r"annotation 1: bbox \[2, 4, 8\] should be four": lambda d: row(d, "annotations", 0, bbox=[2, 4, 8]),
-    r"annotation 1: bbox None should be four": lambda d: row(d, "annotations", 0, bbox=None),
-    r"annotation 1: bbox .* is outside its image of 8x16": lambda d: row(d, "annotations", 0, bbox=[2, 4, 8, 8]),
-    r"a.png: the image has 8x16 pixels, annotations.json says 9x16": lambda d: row(d, "images", 0, width=9),
+    "images[1] has no file_name": lambda d: {"images": [d["images"][0], {"id": 1, "width": 2, "height": 3}]},
+    "annotations[0] has no image_id": lambda d: {"annotations": ["box"]},
+    "annotations[1]: its ids should be whole": row("annotations", 1, image_id="3"),
+    "there is no file ": row("images", 0, file_name="missing.png"),
+    "image 3 (b.jpg) is there twice": lambda d: {"images": d["images"] + [d["images"][1]]},
+    "image 7 (a.jpg): width and height should": row("images", 0, width=0),
+    "category 5 (zebra) is there twice": row("categories", 1, name="zebra"),
+    "annotation 1: there is no image 8": row("annotations", 0, image_id=8),
+    "annotation 1: there is no category 6": row("annotations", 0, category_id=6),
+    "annotation 1: bbox [2, 4, nan, 8] should be four": row("annotations", 0, bbox=[2, 4, math.nan, 8]),
+    "annotation 1: bbox [2, 4, -1, 8] should be four": row("annotations", 0, bbox=[2, 4, -1, 8]),
+    "annotation 1: bbox [2, 4, 8] should be four": row("annotations", 0, bbox=[2, 4, 8]),
+    "annotation 1: bbox None should be four": row("annotations", 0, bbox=None),
+    "annotation 1: bbox [2, 4, 8, 8] is outside its image of 8x16": row("annotations", 0, bbox=[2, 4, 8, 8]),
+    "a.jpg: the image has 8x16 pixels, annotations.json says 9x16": row("images", 0, width=9),
     "it names no category": lambda d: {"categories": [], "annotations": []},
 }
 
 
-@pytest.mark.parametrize("message", BROKEN)
-def test_what_is_broken_is_named_in_one_line(tmp_path, message):
-    root, data = coco(tmp_path)
-    change = BROKEN[message]
+@pytest.mark.parametrize("expected", BROKEN)
+def test_what_is_broken_is_named_in_one_line(tmp_path, expected):
+    _, data = coco(tmp_path)
+    change = BROKEN[expected]
     text = change if isinstance(change, str) else json.dumps(data | change(data))
-    (root / "annotations.json").write_text(text)
-    with pytest.raises(InputError, match=message) as error:
-        dataset = det.DetectionDataset(str(root), 16, 4)
-        dataset[0]
-    assert "\n" not in str(error.value)
-
-
-def test_without_annotations(tmp_path):
-    with pytest.raises(InputError, match="annotations.json: no such file; a detection folder holds"):
-        det.DetectionDataset(str(tmp_path), 16, 4)
+    (tmp_path / "annotations.json").write_text(text)
+    assert expected in message(lambda: det.DetectionDataset(str(tmp_path), 16, 4)[0])
 
 
 def test_mirroring_is_encoding_the_mirrored_boxes(tmp_path):
-    dataset = det.DetectionDataset(str(coco(tmp_path)[0]), 16, 4)
-    indices = torch.arange(3).repeat(20)
-    batch = dataset.batch(indices, torch.stack([dataset[i] for i in range(3)]).repeat(20, 1, 1, 1))
+    dataset, _ = coco(tmp_path)
+    batch = dataset.batch(torch.arange(3).repeat(20), torch.stack([dataset[i] for i in range(3)]).repeat(20, 1, 1, 1))
     torch.manual_seed(0)
-    mirrored = det.mirror_batch(batch)
+    mirrored = task_with().mirror(batch)
     chosen = (mirrored.inputs != batch.inputs).flatten(1).any(1)
-    assert 15 < chosen.sum() < 45
-    assert torch.equal(mirrored.inputs[chosen], batch.inputs[chosen].flip(-1))
+    assert 15 < chosen.sum() < 45 and torch.equal(mirrored.inputs[chosen], batch.inputs[chosen].flip(-1))
     boxes = batch.metadata["boxes"].clone()
     boxes[chosen, :, 0], boxes[chosen, :, 2] = 16 - batch.metadata["boxes"][chosen][..., 2], 16 - boxes[chosen, :, 0]
     assert torch.equal(mirrored.metadata["boxes"], boxes)
@@ -203,26 +184,22 @@ def test_mirroring_is_encoding_the_mirrored_boxes(tmp_path):
     assert torch.allclose(mirrored.targets, targets, atol=1e-6) and torch.equal(mirrored.counted, counted)
 
 
-# --- Policy and losses ------------------------------------------------------------------------------------------------
-
-
-def outputs_and_actions(seed=0, B=2, T=2, A=3):
-    g = torch.Generator().manual_seed(seed)
-    outputs = torch.randn(B, T, SIDE * SIDE, K + 1 + 4, generator=g)
-    labels = torch.randint(K + 1, (B, T, A, SIDE * SIDE), generator=g)
-    return outputs, det.pack(labels, torch.randn(B, T, A, SIDE * SIDE, 4, generator=g) * 0.4), labels
+def outputs_and_actions():
+    """Outputs [2, 2, P, K + 5], actions [2, 2, 3, 2, P, 4] and their labels."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(K + 1, (2, 2, 3, 16), generator=g)
+    actions = det.pack(labels, torch.randn(2, 2, 3, 16, 4, generator=g) * 0.4)
+    return torch.randn(2, 2, 16, K + 5, generator=g), actions, labels
 
 
 def test_log_prob_is_that_of_a_categorical_and_a_normal():
     outputs, actions, labels = outputs_and_actions()
-    policy = det.box_policy_adapter(outputs, std=0.2)
+    policy = task_with(box_std=0.2).policy(outputs)
     assert policy.batch_shape == (2, 2, 2, 16) and policy.event_shape == (4,)
     got = action_log_prob(policy, actions)
-    assert got.shape == (2, 2, 3, 2, 16)
-    for a in range(3):
-        classes = Categorical(logits=outputs[..., :-4]).log_prob(labels[:, :, a])
-        boxes = Normal(outputs[..., -4:], 0.2).log_prob(actions[:, :, a, 1]).sum(-1)
-        assert torch.allclose(got[:, :, a], torch.stack([classes, boxes], 2), atol=1e-5)
+    classes = Categorical(logits=outputs[:, :, None, :, :-4]).log_prob(labels)
+    boxes = Normal(outputs[:, :, None, :, -4:], 0.2).log_prob(actions[..., 1, :, :]).sum(-1)
+    assert torch.allclose(got, torch.stack([classes, boxes], 3), atol=1e-5)
     reference = det.box_policy_adapter(outputs + 0.1 * outputs.flip(0), std=0.2)
     kl = kl_divergence(policy, reference)
     assert kl.shape == policy.entropy().shape == (2, 2, 2, 16)
@@ -232,16 +209,14 @@ def test_log_prob_is_that_of_a_categorical_and_a_normal():
 
 
 def test_samples_have_the_policys_mean_and_std_and_classes():
-    outputs, _, _ = outputs_and_actions(B=1, T=1)
+    outputs = outputs_and_actions()[0][:1, :1]
     torch.manual_seed(0)
     policy = det.box_policy_adapter(outputs, std=0.5)
     drawn = sample_actions(policy, 4000)
-    assert drawn.shape == (1, 1, 4000, 2, 16, 4)
     boxes, labels = drawn[0, 0, :, 1], drawn[0, 0, :, 0, :, 0].long()
     assert torch.allclose(boxes.mean(0), outputs[0, 0, :, -4:], atol=0.05)
     assert torch.allclose(boxes.std(0), torch.tensor(0.5), atol=0.03)
-    shares = torch.stack([(labels == k).float().mean(0) for k in range(K + 1)], -1)
-    assert torch.allclose(shares, policy.classes.probs[0, 0], atol=0.04)
+    assert torch.allclose(one_hot(labels, K + 1).float().mean(0), policy.classes.probs[0, 0], atol=0.04)
     assert torch.equal(policy.mode[0, 0, 0, :, 0], outputs[0, 0, :, :-4].argmax(-1).float())
     assert torch.equal(policy.mode[0, 0, 1], outputs[0, 0, :, -4:])
 
@@ -249,177 +224,135 @@ def test_samples_have_the_policys_mean_and_std_and_classes():
 def test_supervised_losses():
     """-log π(targets), and cross-entropy with 1 - IoU."""
     outputs, _, _ = outputs_and_actions()
-    targets, _ = det.encode(
-        *(x.repeat(2, *[1] * (x.ndim - 1)) for x in objects([[2, 3, 14, 9], [1, 11, 5, 15]], [1, 0])), 16, 4, K
-    )
-    policy, wanted = det.box_policy_adapter(outputs, 0.3), targets[:, None, None].expand(2, 2, 1, 2, 16, 4)
-    assert torch.equal(nll(policy, wanted), -action_log_prob(policy, wanted))
-    loss = det.cross_entropy_iou_loss(policy, wanted)
-    assert loss.shape == (2, 2, 1, 2, 16)
-    classes = targets[:, 0, :, 0].long()
-    for t in range(2):
-        expected = cross_entropy(outputs[:, t, :, :-4].flatten(0, 1), classes.flatten(), reduction="none")
-        assert torch.allclose(loss[:, t, 0, 0].flatten(), expected, atol=1e-5)
-        ours, theirs = det.decode_boxes(outputs[:, t, :, -4:], 4), det.decode_boxes(targets[:, 1], 4)
-        for b, p in itertools.product(range(2), range(16)):
-            expected = 1 - iou(ours[b, p].tolist(), theirs[b, p].tolist())
-            assert float(loss[b, t, 0, 1, p]) == pytest.approx(expected, abs=1e-5)
-    for name, function in (("log_prob", nll), ("iou", det.cross_entropy_iou_loss)):
-        assert det.supervised_loss({"detection": {"supervised_loss": name}}) is function
+    policy, wanted = det.box_policy_adapter(outputs), TARGETS[:, None, None].expand(2, 2, 1, 2, 16, 4)
+    assert torch.equal(task_with(supervised_loss="log_prob").supervised_loss(policy, wanted), nll(policy, wanted))
+    loss = task_with(supervised_loss="iou").supervised_loss(policy, wanted)
+    truth, boxes = det.decode_boxes(TARGETS[0, 1], 4).tolist(), det.decode_boxes(outputs[..., -4:], 4).tolist()
+    for b, t in itertools.product(range(2), range(2)):
+        expected = cross_entropy(outputs[b, t, :, :-4], TARGETS[0, 0, :, 0].long(), reduction="none")
+        assert torch.allclose(loss[b, t, 0, 0], expected, atol=1e-5)
+        expected = [1 - iou(ours, theirs) for ours, theirs in zip(boxes[b][t], truth)]
+        assert loss[b, t, 0, 1].tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_standard_deviation_goes_from_its_beginning_to_its_end():
-    config = {"detection": {"box_std": 0.5, "box_std_end": 0.125}}
-    assert [det.policy_adapter(config, x).keywords["std"] for x in (0, 0.5, 1)] == pytest.approx([0.5, 0.25, 0.125])
-    config["detection"]["box_std_end"] = None
-    assert [det.policy_adapter(config, x).keywords["std"] for x in (0, 0.5, 1)] == [0.5] * 3
-
-
-# --- Rewards ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("end, expected", [(0.125, [0.5, 0.25, 0.125]), (None, [0.5] * 3)])
+def test_standard_deviation_goes_from_its_beginning_to_its_end(end, expected):
+    task, outputs = task_with(box_std=0.5, box_std_end=end), torch.zeros(1, 1, 16, K + 5)
+    assert [float(task.policy(outputs, x).boxes.stddev.max()) for x in (0, 0.5, 1)] == pytest.approx(expected)
 
 
 def test_detection_reward_against_loops():
-    _, actions, labels = outputs_and_actions()
-    outputs = torch.zeros(2, 2, 16, K + 5)
-    targets, _ = det.encode(
-        *(torch.cat([x, x.flip(1)]) for x in objects([[2, 3, 14, 9], [1, 9, 6, 15]], [1, 0])), 16, 4, K
-    )
-    reward = det.detection_reward(actions, outputs, targets, {})
-    assert reward.shape == (2, 2, 3, 2, 16)
-    boxes, truth = det.decode_boxes(actions[..., 1, :, :], 4), det.decode_boxes(targets[:, 1], 4)
-    for b, t, a, p in itertools.product(range(2), range(2), range(3), range(16)):
-        assert reward[b, t, a, 0, p] == float(labels[b, t, a, p] == targets[b, 0, p, 0])
-        assert float(reward[b, t, a, 1, p]) == pytest.approx(
-            iou(boxes[b, t, a, p].tolist(), truth[b, p].tolist()), abs=1e-5
-        )
+    outputs, actions, labels = outputs_and_actions()
+    reward = det.detection_reward(actions, outputs, TARGETS.expand(2, -1, -1, -1), {})
+    truth, boxes = det.decode_boxes(TARGETS[0, 1], 4).tolist(), det.decode_boxes(actions[..., 1, :, :], 4).tolist()
+    for b, t, a in itertools.product(range(2), range(2), range(3)):
+        assert torch.equal(reward[b, t, a, 0], (labels[b, t, a] == TARGETS[0, 0, :, 0]).float())
+        expected = [iou(ours, theirs) for ours, theirs in zip(boxes[b][t][a], truth)]
+        assert reward[b, t, a, 1].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def slow_f1(boxes, labels, scores, truths, true_labels, crowds) -> float:
     """NMS, then matching, best score first, in plain Python."""
     order = sorted((p for p in range(len(labels)) if labels[p] < K), key=lambda p: -scores[p])
-    kept: list[int] = []
-    for p in order:
-        if all(labels[q] != labels[p] or iou(boxes[q], boxes[p]) <= 0.5 for q in kept):
-            kept.append(p)
-    free = [m for m in range(len(truths)) if not crowds[m]]
-    count, hits = len(free), 0
-    found = 0
-    for p in kept:
+    free = [m for m in range(len(truths)) if true_labels[m] >= 0 and not crowds[m]]
+    count, found = len(free), 0
+    for p in slow_nms(boxes, labels, order):
         able = [m for m in free if true_labels[m] == labels[p] and iou(boxes[p], truths[m]) >= 0.5]
         if able:
             free.remove(max(able, key=lambda m: iou(boxes[p], truths[m])))
-            hits += 1
-            found += 1
-            continue
-        x0, y0, x1, y1 = boxes[p]
-        inside = [
-            max(min(x1, t[2]) - max(x0, t[0]), 0) * max(min(y1, t[3]) - max(y0, t[1]), 0) / ((x1 - x0) * (y1 - y0))
-            for m, t in enumerate(truths)
-            if crowds[m] and true_labels[m] == labels[p]
-        ]
-        found += not any(share > 0.5 for share in inside)
-    return 1.0 if found + count == 0 else 2 * hits / (found + count)
+        crowded = [t for t, k, crowd in zip(truths, true_labels, crowds) if crowd and k == labels[p]]
+        found += bool(able) or not any(shared(boxes[p], t) / shared(boxes[p], boxes[p]) > 0.5 for t in crowded)
+    return 1.0 if found + count == 0 else 2 * (count - len(free)) / (found + count)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_f1_reward_against_loops(seed):
-    """Random sets near the truth, with overlaps to suppress, crowds, padding and an image without objects."""
+    """Random sets near the truth, with tied scores, overlaps to suppress, crowds, padding, an image without objects.
+    The truth itself has 1; nothing has 0, or 1 where there is nothing."""
     g = torch.Generator().manual_seed(seed)
-    truths = [[[2, 3, 14, 9], [1, 9, 6, 15], [9, 9, 15, 15]], [[0, 0, 16, 16], [4, 4, 12, 10]], []]
-    true_labels, crowds = [[1, 0, 1], [0, 2], []], [[False, False, True], [True, False], []]
-    pad = torch.nn.utils.rnn.pad_sequence
-    metadata = {
-        "boxes": pad([torch.tensor(x, dtype=torch.float32).view(-1, 4) for x in truths], batch_first=True),
-        "labels": pad([torch.tensor(x, dtype=torch.int64) for x in true_labels], batch_first=True, padding_value=-1),
-        "crowd": pad([torch.tensor(x, dtype=torch.bool) for x in crowds], batch_first=True),
-        "patch_size": 4,
-    }
-    targets, _ = det.encode(metadata["boxes"], metadata["labels"], metadata["crowd"], 16, 4, K)
+    truths = [[[2, 3, 14, 9], [1, 9, 6, 15], [9, 9, 15, 15]], [[0, 0, 16, 16], [4, 4, 12, 10], [0] * 4], [[0] * 4] * 3]
+    true_labels, crowds = [[1, 0, 1], [0, 2, -1], [-1] * 3], [[False, False, True], [True, False, False], [False] * 3]
+    truth = torch.tensor(truths).float(), torch.tensor(true_labels), torch.tensor(crowds)
+    metadata = dict(zip(("boxes", "labels", "crowd"), truth)) | {"patch_size": 4}
+    targets, _ = det.encode(*truth, 16, 4, K)
     shape = (3, 2, 4, 16)
     outputs = torch.randn(3, 2, 16, K + 5, generator=g)
+    outputs[:, 0] = 0  # all scores are tied
     labels = targets[:, None, None, 0, :, 0].long().expand(shape)
     labels = torch.where(torch.rand(shape, generator=g) < 0.2, torch.randint(K + 1, shape, generator=g), labels)
     raw = targets[:, None, None, 1] + 0.3 * torch.randn(*shape, 4, generator=g)
-    actions = det.pack(labels, raw)
-    reward = det.detection_f1_reward(actions, outputs, targets, metadata)
-    assert reward.shape == (3, 2, 4)
-    probs, boxes = outputs[..., :-4].softmax(-1), det.decode_boxes(raw, 4)
+    labels[:, :, 0], raw[:, :, 0], labels[:, :, 1] = targets[:, None, 0, :, 0].long(), targets[:, None, 1], K
+    reward = det.detection_f1_reward(det.pack(labels, raw), outputs, targets, metadata)
+    scores = outputs[..., :-4].softmax(-1)[:, :, None].expand(*shape, K + 1).gather(-1, labels[..., None])[..., 0]
+    boxes = det.decode_boxes(raw, 4)
     for b, t, a in itertools.product(range(3), range(2), range(4)):
-        scores = probs[b, t].gather(-1, labels[b, t, a][:, None])[:, 0].tolist()
-        expected = slow_f1(
-            boxes[b, t, a].tolist(), labels[b, t, a].tolist(), scores, truths[b], true_labels[b], crowds[b]
-        )
+        found = (x[b, t, a].tolist() for x in (boxes, labels, scores))
+        expected = slow_f1(*found, truths[b], true_labels[b], crowds[b])
         assert float(reward[b, t, a]) == pytest.approx(expected, abs=1e-6)
-    assert 0 < reward.mean() < 1
+    assert (reward[:, :, 0] == 1).all() and reward[:, :, 1].tolist() == [[0, 0], [0, 0], [1, 1]]
+    assert 0 < reward[:2, :, 2:].mean() < 1
 
 
-def test_f1_of_the_truth_is_one_and_of_nothing_zero():
-    boxes, labels, crowd = objects([[2, 3, 14, 9], [1, 9, 6, 15]], [1, 0])
-    metadata = {"boxes": boxes, "labels": labels, "crowd": crowd, "patch_size": 4}
-    targets, _ = det.encode(boxes, labels, crowd, 16, 4, K)
-    outputs, right = torch.zeros(1, 1, 16, K + 5), targets[:, None, None]
-    assert det.detection_f1_reward(right, outputs, targets, metadata).item() == 1
-    nothing = det.pack(torch.full((1, 1, 1, 16), K), torch.zeros(1, 1, 1, 16, 4))
-    assert det.detection_f1_reward(nothing, outputs, targets, metadata).item() == 0
-    empty = {"boxes": torch.zeros(1, 0, 4), "labels": torch.zeros(1, 0).long(), "crowd": torch.zeros(1, 0).bool()}
-    assert det.detection_f1_reward(nothing, outputs, targets, metadata | empty).item() == 1
-    assert det.detection_f1_reward(right, outputs, targets, metadata | empty).item() == 0
-
-
-# --- Decoding and metric ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_nms_against_loops(seed):
-    g = torch.Generator().manual_seed(seed)
-    corner = torch.rand(40, 2, generator=g) * 10
-    boxes = torch.cat([corner, corner + 1 + torch.rand(40, 2, generator=g) * 6], 1)
-    scores, labels = torch.rand(40, generator=g).mul(10).round() / 10, torch.randint(3, (40,), generator=g)
-    kept: list[int] = []
-    for p in sorted(range(40), key=lambda p: -scores[p]):
-        if all(labels[q] != labels[p] or iou(boxes[q].tolist(), boxes[p].tolist()) <= 0.4 for q in kept):
-            kept.append(p)
-    assert det.nms(boxes, scores, labels, 0.4).tolist() == kept and 5 < len(kept) < 40
-    assert det.nms(boxes[:0], scores[:0], labels[:0], 0.4).tolist() == []
-
-
-def test_decode_finds_the_truth_and_drops_what_is_unlikely():
-    boxes, labels, crowd = objects([[2, 3, 14, 9], [1, 9, 6, 15]], [1, 0])
-    targets, _ = det.encode(boxes, labels, crowd, 16, 4, K)
-    probs = torch.nn.functional.one_hot(targets[:, 0, :, 0].long(), K + 1).float() * 0.94 + 0.015
-    (found,) = det.decode(probs, targets[:, 1], CONFIG)
-    assert sorted(found["labels"].tolist()) == [0, 1] and found["scores"].tolist() == pytest.approx([0.955] * 2)
-    for box, label in zip(found["boxes"], found["labels"]):
-        assert box.tolist() == pytest.approx(boxes[0, 0 if label == 1 else 1].tolist(), abs=1e-4)
-    low = CONFIG | {"detection": CONFIG["detection"] | {"score_threshold": 0.01}}
-    assert len(det.decode(probs, targets[:, 1], low)[0]["labels"]) > 20
-    outside = targets[:, 1] + torch.tensor([9.0, 0, 0, 0])
-    assert det.decode(probs, outside, CONFIG)[0]["boxes"].max() <= 16
+def test_decode_and_nms_against_loops():
+    """Of tied scores the earlier patch's comes first, and of one patch the earlier class's. Boxes are on a grid: an IoU
+    that is the threshold is not above it. The last image has no candidate."""
+    g = torch.Generator().manual_seed(0)
+    probs = torch.randint(1, 4, (20, 16, K + 1), generator=g).double()
+    probs /= probs.sum(-1, keepdim=True)
+    probs[-1] = torch.tensor([0, 0, 0, 1])
+    raw = torch.randint(1, 3, (20, 16, 4), generator=g).double()  # centres half a patch off, sides of 2 or 4 patches
+    raw *= torch.tensor([0.5, 0.5, math.log(2), math.log(2)], dtype=torch.float64)
+    found = det.decode(probs, raw, task_with(score_threshold=0.2, nms_iou=0.5).config)
+    labels, ties = list(range(K)) * 16, 0
+    boxes = det.decode_boxes(raw, 4).clamp(0, 16).repeat_interleave(K, 1).tolist()
+    for image, scores, corners in zip(found, probs[..., :-1].flatten(1).tolist(), boxes, strict=True):
+        order = sorted((i for i in range(16 * K) if scores[i] >= 0.2), key=lambda i: -scores[i])
+        kept = slow_nms(corners, labels, order)
+        ties += sum(iou(corners[i], corners[j]) == 0.5 for i in kept for j in kept if labels[i] == labels[j])
+        assert 5 < len(kept) < len(order) or not order
+        assert image["labels"].tolist() == [labels[i] for i in kept]
+        assert image["scores"].tolist() == [scores[i] for i in kept]
+        assert image["boxes"].tolist() == [corners[i] for i in kept]
+    assert ties > 20 and len(found[-1]["labels"]) == 0
 
 
 def test_evaluation_is_coco_of_both_predictors(tmp_path):
     """The truth as prediction has AP 1 but for the empty box, which nothing finds; a shifted one has less."""
-    dataset = det.DetectionDataset(str(coco(tmp_path)[0]), 16, 4)
-    evaluation = det.Evaluation(dataset, CONFIG)
+    dataset, _ = coco(tmp_path)
+    evaluation = task_with().evaluation(dataset)
     for batch in ordered_batches(dataset, 2):
-        logits = torch.nn.functional.one_hot(batch.targets[:, 0, :, 0].long(), 3) * 9.0
+        logits = one_hot(batch.targets[:, 0, :, 0].long(), 3) * 9.0
         right = torch.cat([logits, batch.targets[:, 1]], -1)
         shifted = torch.cat([logits, batch.targets[:, 1] + torch.tensor([0.3, 0, 0, 0])], -1)
         evaluation.add(batch, right, torch.stack([right, shifted], 1))
-    figures = evaluation.figures()
-    assert figures["eval/ap/zebra"] == figures["eval/map"] == pytest.approx(51 / 101)
-    assert "eval/ap/ant" not in figures  # its only truth is a crowd
+    metrics = evaluation.metrics()
+    assert metrics["eval/ap/zebra"] == metrics["eval/map"] == pytest.approx(51 / 101)
+    assert "eval/ap/ant" not in metrics  # its only truth is a crowd
     mean = iou([4, 4, 12, 12], [4.6, 4, 12.6, 12])  # boxes averaged over the passes are 0.15 patches off
-    assert figures["eval_mc/map"] == pytest.approx(51 / 101 * sum(t <= mean for t in np.linspace(0.5, 0.95, 10)) / 10)
-    assert figures["eval/f1"] == pytest.approx(2 * 1 / (1 + 2))  # one hit of one detection, two objects
-    expected = average_precision(evaluation.detections[0], evaluation.truths, 2)
-    assert figures["eval/ap50"] == expected["ap50"]
+    assert metrics["eval_mc/map"] == pytest.approx(51 / 101 * sum(t <= mean for t in np.linspace(0.5, 0.95, 10)) / 10)
+    assert metrics["eval/f1"] == pytest.approx(2 * 1 / (1 + 2))  # one hit of one detection, two objects
+    assert metrics["eval/ap50"] == average_precision(evaluation.detections[0], evaluation.truths, 2)["ap50"]
     picture = evaluation.draw()
     assert picture.dtype == torch.uint8 and picture.shape[0] == 3 and picture.float().std() > 1
-
-
-def test_true_boxes_are_drawn_where_they_are():
-    picture = det.draw_boxes(torch.zeros(3, 16, 16, dtype=torch.uint8), torch.tensor([[4.0, 4, 12, 12]]), [""])
-    edge = (picture == torch.tensor([0, 255, 0])[:, None, None]).all(0).nonzero()
-    scale = det.BOX_PIXELS / 16
+    drawn = evaluation.draw_objects(torch.zeros(3, 16, 16, dtype=torch.uint8), evaluation.truths[0])
+    edge, scale = (drawn == torch.tensor([0, 255, 0])[:, None, None]).all(0).nonzero(), det.BOX_PIXELS / 16
     assert edge.min(0).values.tolist() == [4 * scale] * 2 and edge.max(0).values.tolist() == [12 * scale - 1] * 2
+
+
+def test_a_box_in_closed_form(tmp_path):
+    """Two patches wide and high around the centre of patch (1, 1), 4 pixels of 16 each, in an image of 32x24."""
+    path, task = str(tmp_path / "x.png"), task_with()
+    Image.new("RGB", (32, 24)).save(path)
+    outputs = torch.zeros(2, 16, 3 + 4)  # two passes; two classes and the background
+    outputs[..., 2] = 20
+    outputs[:, 5, :3] = torch.tensor([1.0, 20.0, 0.0])
+    outputs[:, 5, 5:] = math.log(2)
+    record, found = task.describe(outputs, path, ["cat", "dog"])
+    (box,) = record["boxes"]
+    assert box["class"] == "dog" and box["score"] == pytest.approx(1, abs=1e-6)
+    assert box["box"] == pytest.approx([2 * 2, 2 * 1.5, 10 * 2, 10 * 1.5], abs=1e-4)
+    assert task.in_words(record) == "dog (100%) at 4 3 20 15"
+    assert task.in_words({"boxes": [box | {"score": 0.4}]}) == "nothing"
+    folder, picture = task.draw(Image.new("RGB", (128, 96)), record, found)["picture"]
+    lime = np.argwhere((np.array(picture) == (0, 255, 0)).all(-1))  # at four times the size
+    assert folder == "" and lime.min(0).tolist() == [12, 16] and lime.max(0).tolist() == [59, 79]

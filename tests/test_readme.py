@@ -1,82 +1,115 @@
-"""What the README says, against the code."""
+"""What the README and the pages of docs/ say, against the code."""
 
 import inspect
-import os
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from conftest import ROOT, load_script
 
-import experiments
 import predict
-from config import SCHEMA, check, parse_override, read_yaml
+from build import configure, load_rewards, schema_of
+from config import keys_table, parse_override, read_yaml
 from train import parse
 from vit_model import VisionTransformer
 
-README = Path("README.md").read_text(encoding="utf-8")
+PAGES = {
+    str(path): path.read_text(encoding="utf-8") for path in (Path("README.md"), *sorted(Path("docs").glob("*.md")))
+}
+README, ALL = PAGES["README.md"], "\n".join(PAGES.values())
+BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", ALL, re.S)).replace("\\\n", " ")
+LINES = [shlex.split(line, comments=True) for line in BLOCKS.splitlines() + re.findall(r"`(uv run [^`…]+)`", ALL)]
+COMMANDS = [line for line in LINES if line]  # of all pages, in blocks and in the text, as lists of words
+TRAIN = [line[line.index("train.py") + 1 :] for line in COMMANDS if "train.py" in line and "--help" not in line]
+PREDICT = [line[line.index("predict.py") + 1 :] for line in COMMANDS if "predict.py" in line]
 
 
-def commands(script: str = "train.py") -> list[list[str]]:
-    """Every command of the README's bash blocks that runs the script, as argv."""
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ")
-    lines = [shlex.split(line, comments=True) for line in blocks.splitlines()]
-    return [line[line.index(script) + 1 :] for line in lines if script in line]
+def test_the_readme_is_one_page_and_leads_to_the_others():
+    assert len(README.splitlines()) <= 200 and len(README.split()) <= 1700
+    assert all(f"({page})" in README for page in PAGES if page != "README.md")
+    assert all(path.name in README for path in Path().glob("*.py"))
+    assert not re.findall(r"@[A-Z]+@", ALL) and len(TRAIN) > 15 and len(PREDICT) > 5
 
 
 def test_the_config_table_is_the_schema():
-    """Each key stands there once, in order, with its default."""
-    rows = re.findall(r"^\| `(task|(?:model|data|rollout|detection|training)\.\w+)` \| `(.*?)` \|", README, re.M)
-    assert [(name, yaml.safe_load(default)) for name, default in rows] == [
-        (n, key.default) for n, key in SCHEMA.items()
-    ]
+    assert keys_table(schema_of()) in PAGES["docs/config.md"]
 
 
-def test_the_reward_shown_is_the_one_that_was_run():
-    """The code block is the source of the experiments' reward."""
-    shown = re.search(r"```python\n(.*?)```", README, re.S).group(1).strip()
-    functions = (experiments.cheque_cost, experiments.cheque_reward)
-    assert shown == "\n\n\n".join(inspect.getsource(function).strip() for function in functions)
+def test_the_reward_shown_is_the_examples():
+    example = load_script("examples/cheque_reward.py")
+    source = "\n\n\n".join(inspect.getsource(f).strip() for f in (example.cheque_cost, example.cheque_reward))
+    assert f"```python\n{source}\n```" in README
 
 
-@pytest.mark.parametrize("argv", commands(), ids=" ".join)
-def test_the_commands_are_valid(argv):
-    """Flags, config files and keys exist, and the config that results passes the check."""
-    args = parse(argv) if "--help" not in argv else None
-    if args:
-        check((args.config, read_yaml(args.config)), ("README", dict(map(parse_override, args.overrides))))
+@pytest.mark.parametrize("argv", COMMANDS, ids=" ".join)
+def test_what_the_commands_run_is_there(argv):
+    """The script and the extra packages; the flags, too, of a script whose parser no other test here asks."""
+    extras = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert argv[:2] == ["uv", "run"] and (argv[2] != "--extra" or argv[3] in extras)
+    script, *rest = argv[4:] if argv[2] == "--extra" else argv[2:]
+    assert script in ("pytest", "python", "tensorboard", "torchrun") or Path(script).is_file()
+    if script.startswith(("tools/", "data/")):
+        assert all(f'"{flag}"' in Path(script).read_text() for flag in rest if flag.startswith("--"))
 
 
-@pytest.mark.parametrize("argv", commands("predict.py"), ids=" ".join)
-def test_the_commands_that_predict_are_valid(argv):
+@pytest.mark.parametrize("argv", TRAIN, ids=" ".join)
+def test_the_commands_that_train_are_valid(argv):
+    """Flags, config files, keys and rewards exist, and the config that results passes the check."""
+    args = parse(argv)
+    _, task = configure((args.config, read_yaml(args.config)), ("README", dict(map(parse_override, args.overrides))))
+    assert load_rewards(task)
+
+
+@pytest.mark.parametrize("argv", PREDICT, ids=" ".join)
+def test_the_commands_that_predict_are_valid(argv, monkeypatch, tmp_path):
     """Flags exist, images or --evaluate are given, and the run is one that another command leaves behind."""
-    args = predict.parse(argv)
-    assert bool(args.images) != bool(args.evaluate) and all(map(os.path.exists, args.images))
-    runs = {Path(parse(train_argv).config).stem for train_argv in commands() if "--help" not in train_argv}
-    assert args.checkpoint in {f"ckpt/{name}" for name in runs}
+    seen, runs = [], list(map(parse, TRAIN))
+    for name in ("predict", "evaluate"):
+        monkeypatch.setattr(predict, name, lambda args: seen.append(args) or 0)
+    monkeypatch.chdir(tmp_path)  # --out makes its folder
+    assert predict.main(argv) == 0
+    (args,) = seen
+    assert bool(args.images) != bool(args.evaluate)
+    assert all((ROOT / image).exists() for image in args.images if not image.startswith("photos/"))  # the reader's own
+    names = {dict(map(parse_override, run.overrides)).get("training.run_name", Path(run.config).stem) for run in runs}
+    assert args.checkpoint in {f"ckpt/{name}" for name in names}
 
 
 def test_the_sizes_are_those_of_the_models():
     """Each row is a model that can be built and has as many parameters as it says, at 224 x 224 with 1000 classes."""
-    rows = re.findall(r"^\| ViT-(\w+) \| (\d+) \| (\d+) \| (\d+) \| (\d+).* \| ([\d.]+) M \|$", README, re.M)
+    columns = r"^\| ViT-(\w+) \| (\d+) \| (\d+) \| (\d+) \| (\d+).* \| ([\d.]+) M \|$"
+    rows = re.findall(columns, PAGES["docs/scaling.md"], re.M)
     assert [row[0] for row in rows] == ["Ti", "S", "B", "L"]
-    for name, embed_dim, depth, num_heads, patch_size, millions in rows:
-        sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "patch_size": patch_size}
-        sizes = {key: int(value) for key, value in sizes.items()}
-        check(("README", {f"model.{key}": value for key, value in sizes.items()}))
+    for name, *sizes, millions in rows:
+        embed_dim, depth, num_heads, patch_size = map(int, sizes)
         with torch.device("meta"):
-            model = VisionTransformer(**sizes, num_classes=1000)
+            model = VisionTransformer(224, patch_size, 3, embed_dim, depth, num_heads, num_classes=1000)
         assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}" == millions, name
 
 
-def test_links_lead_somewhere():
-    """Files linked in the README exist, and so do the files that it calls by name."""
-    for target in re.findall(r"\]\((?!http|#)([^)]+)\)", README) + re.findall(r"`(\w+\.(?:py|yaml))`", README):
-        assert Path(target).exists(), target
+def test_the_results_in_the_readme_are_those_of_docs():
+    """Each cell of a row of its table stands in the row of the same name there."""
+    table = re.search(r"<!-- results -->\n(.*)\n<!-- /results -->", PAGES["docs/results.md"], re.S).group(1)
+    cells = {row.split(" | ")[0]: set(row.strip("| ").split(" | ")) for row in table.splitlines()}
+    shown = [row for row in README.splitlines() if row.split(" | ")[0] in cells]
+    assert len(shown) == 6 and all(set(row.strip("| ").split(" | ")) <= cells[row.split(" | ")[0]] for row in shown)
 
 
-def test_nothing_is_left_to_fill_in():
-    assert not re.findall(r"@[A-Z]+@", README)
-    assert len(commands()) > 5 and len(commands("predict.py")) > 2
+def anchors(page: str) -> set[str]:
+    """Those that GitHub gives to the page's headings."""
+    headings = re.findall(r"^#+ (.*)$", Path(page).read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    """Linked files and headings exist, and so do the files that a page calls by name."""
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", PAGES[page]):
+        path, _, anchor = target.partition("#")
+        path = Path(page).parent / path if path else Path(page)
+        assert path.exists() and (not anchor or anchor in anchors(path)), target
+    for name in re.findall(r"`((?!path/|my_)[\w/]+\.(?:py|yaml))`", PAGES[page]):
+        assert Path(name).exists(), name

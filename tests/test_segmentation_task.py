@@ -1,4 +1,4 @@
-"""Masks: the data set, the policy, rewards and credit against slow references, the metric against scikit-learn."""
+"""Masks: the data set, the policy, rewards and credit against slow references, the metrics against scikit-learn."""
 
 import itertools
 
@@ -6,29 +6,28 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import message, same
 from PIL import Image
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 from sklearn.metrics import jaccard_score
 from torch.distributions import Categorical
 
 import segmentation_task as seg
-from data_types import Credit, InputError, TensorMiniBatch
-from vision_task import ordered_batches
+from build import configure
+from data_types import Credit, TensorMiniBatch
+from evaluation import confusion_matrix
+from images import ordered_batches, stream_batches
 
-CONFIG = {
-    "model": {"image_size": 8, "patch_size": 4, "num_classes": None},
-    "data": {"mean": [0.5] * 3, "std": [0.25] * 3},
-}
+TASK = configure(("test", {"task": "segmentation", "model.image_size": 8, "model.patch_size": 4}))[1]
 
 
-def case(num_classes: int, seed: int = 0, height: int = 3, width: int = 4, absent: bool = False):
+def case(num_classes: int, absent: bool = False):
     """Random actions [2, 2, 3, H, W], logits [2, 2, H, W, K], targets [2, H, W] and counted pixels [2, H, W]."""
-    g = torch.Generator().manual_seed(seed)
-    actions = torch.randint(num_classes, (2, 2, 3, height, width), generator=g)
-    outputs = torch.randn(2, 2, height, width, num_classes, generator=g, dtype=torch.float64) * 2
-    targets = torch.randint(num_classes - absent, (2, height, width), generator=g)
-    counted = torch.rand(2, height, width, generator=g) < 0.8
-    return actions, outputs, targets, counted
+    g = torch.Generator().manual_seed(num_classes)
+    actions = torch.randint(num_classes, (2, 2, 3, 3, 4), generator=g)
+    outputs = torch.randn(2, 2, 3, 4, num_classes, generator=g, dtype=torch.float64) * 2
+    targets = torch.randint(num_classes - absent, (2, 3, 4), generator=g)
+    return actions, outputs, targets, torch.rand(2, 3, 4, generator=g) < 0.8
 
 
 def slow_mean_iou(action, target, counted) -> float:
@@ -41,76 +40,44 @@ def slow_mean_iou(action, target, counted) -> float:
     return sum(ious) / len(ious) if ious else 1.0
 
 
-# --- Rewards ----------------------------------------------------------------------------------------------------------
-
-
-def test_pixel_reward():
-    actions, outputs, targets, _ = case(3)
-    reward = seg.pixel_reward(actions, outputs, targets, {})
-    assert reward.shape == actions.shape and reward.dtype == torch.float32
-    for b, t, a in itertools.product(range(2), range(2), range(3)):
-        assert torch.equal(reward[b, t, a], (actions[b, t, a] == targets[b]).float())
-
-
 @pytest.mark.parametrize("num_classes", [2, 3, 7])
-def test_mask_iou_reward_against_loops(num_classes):
+def test_rewards_against_loops(num_classes):
+    """Where some pixels count, where none does, and without a mask of what counts."""
     actions, outputs, targets, counted = case(num_classes, absent=num_classes > 2)
-    reward = seg.mask_iou_reward(actions, outputs, targets, {"counted": counted})
-    assert reward.shape == (2, 2, 3)
-    for b, t, a in itertools.product(range(2), range(2), range(3)):
-        assert float(reward[b, t, a]) == pytest.approx(
-            slow_mean_iou(actions[b, t, a], targets[b], counted[b]), abs=1e-6
-        )
+    actions[1, 1, 2] = targets[1]  # a perfect one
+    none, pixels = torch.zeros_like(counted), seg.pixel_reward(actions, outputs, targets, {})
+    assert pixels.shape == actions.shape and pixels.dtype == torch.float32
+    for metadata, counts in (({"counted": counted}, counted), ({"counted": none}, none), ({}, ~none)):
+        reward = seg.mask_iou_reward(actions, outputs, targets, metadata)
+        for b, t, a in itertools.product(range(2), range(2), range(3)):
+            expected = slow_mean_iou(actions[b, t, a], targets[b], counts[b])
+            assert float(reward[b, t, a]) == pytest.approx(expected, abs=1e-6)
+            assert torch.equal(pixels[b, t, a], (actions[b, t, a] == targets[b]).float())
 
 
-def test_mask_iou_reward_where_nothing_counts_and_without_a_mask_of_what_counts():
-    actions, outputs, targets, counted = case(3)
-    nothing = torch.zeros_like(counted)
-    assert torch.equal(seg.mask_iou_reward(actions, outputs, targets, {"counted": nothing}), torch.ones(2, 2, 3))
-    everything = seg.mask_iou_reward(actions, outputs, targets, {"counted": torch.ones_like(counted)})
-    assert torch.equal(seg.mask_iou_reward(actions, outputs, targets, {}), everything)
-    perfect = targets[:, None, None].expand_as(actions)
-    assert torch.equal(seg.mask_iou_reward(perfect, outputs, targets, {}), torch.ones(2, 2, 3))
+PAIRS = torch.cartesian_prod(torch.arange(2), torch.arange(2))  # masks of 1x2 pixels, all of them
+LONE = PAIRS.view(1, 1, 4, 1, 2).expand(4, 1, 4, 1, 2), torch.zeros(4, 1, 1, 2, 2).double(), PAIRS[:, None]
 
 
-@pytest.mark.parametrize("num_classes, absent", [(2, False), (3, False), (3, True), (6, True)])
-def test_credit_against_brute_force(num_classes, absent):
-    """R(a) - Σ_k π(k) R(a with the pixel set to k), over all K classes, pixel by pixel."""
-    actions, outputs, targets, counted = case(num_classes, seed=num_classes, absent=absent)
+@pytest.mark.parametrize(
+    "actions, outputs, targets, counted",
+    [case(2), case(3), case(3, absent=True), case(6, absent=True), (*LONE, torch.ones(4, 1, 2, dtype=torch.bool))],
+)
+def test_credit_against_brute_force(actions, outputs, targets, counted):
+    """R(a) - Σ_k π(k) R(a with the pixel set to k), over all K classes, at each counted pixel. Of masks of two pixels,
+    too, where a class vanishes when its only pixel leaves: 0 / 0 counts as 0."""
     credit = seg.mask_iou_credit(actions, outputs, targets, {"counted": counted})
     assert isinstance(credit, Credit) and credit.advantages.shape == actions.shape
     assert torch.equal(credit.rewards, seg.mask_iou_reward(actions, outputs, targets, {"counted": counted}))
     probs = outputs.softmax(-1)
-    checked = 0
-    for place in itertools.product(*map(range, actions.shape)):
-        b, t, a, y, x = place
-        if not counted[b, y, x]:
-            continue
-        score = slow_mean_iou(actions[b, t, a], targets[b], counted[b])
-        expected = 0.0
-        for k in range(num_classes):
-            other = actions[b, t, a].clone()
-            other[y, x] = k
-            expected += float(probs[b, t, y, x, k]) * slow_mean_iou(other, targets[b], counted[b])
-        assert float(credit.advantages[place]) == pytest.approx(score - expected, abs=1e-6)
-        checked += 1
-    assert checked > 50
-
-
-def test_credit_of_a_mask_of_one_class_and_of_a_lone_pixel():
-    """Unions of one pixel, where a class vanishes when its pixel leaves: 0 / 0 counts as 0."""
-    for target, action in itertools.product(itertools.product(range(2), repeat=2), repeat=2):
-        targets = torch.tensor(target).view(1, 1, 2)
-        actions = torch.tensor(action).view(1, 1, 1, 1, 2)
-        outputs = torch.zeros(1, 1, 1, 2, 2, dtype=torch.float64)
-        advantages = seg.mask_iou_credit(actions, outputs, targets, {}).advantages
-        counted = torch.ones_like(targets, dtype=torch.bool)
-        for x in range(2):
-            flipped = actions.clone()
-            flipped[..., x] = 1 - flipped[..., x]
-            mean = (slow_mean_iou(actions, targets, counted) + slow_mean_iou(flipped, targets, counted)) / 2
-            expected = slow_mean_iou(actions, targets, counted) - mean
-            assert float(advantages[..., x]) == pytest.approx(expected, abs=1e-7)
+    for b, t, a, y, x in itertools.product(*map(range, actions.shape)):
+        if counted[b, y, x]:
+            expected = slow_mean_iou(actions[b, t, a], targets[b], counted[b])
+            for k in range(outputs.shape[-1]):
+                other = actions[b, t, a].clone()
+                other[y, x] = k
+                expected -= float(probs[b, t, y, x, k]) * slow_mean_iou(other, targets[b], counted[b])
+            assert float(credit.advantages[b, t, a, y, x]) == pytest.approx(expected, abs=1e-6)
 
 
 def test_credit_keeps_its_precision_on_large_masks():
@@ -128,85 +95,53 @@ def test_credit_keeps_its_precision_on_large_masks():
     assert float(advantages[..., 0, 1]) == pytest.approx(0.5 * lost, rel=1e-5)
 
 
-def test_expected_credit_is_zero():
-    """Σ_a π(a) A(a) = 0 at each pixel, the others held: the counterfactual baseline changes no expectation."""
-    actions, outputs, targets, _ = case(4, seed=3)
-    probs = outputs.softmax(-1)
-    for y, x in ((0, 0), (1, 2)):
-        total = 0.0
-        for k in range(4):
-            changed = actions.clone()
-            changed[..., y, x] = k
-            advantages = seg.mask_iou_credit(changed, outputs, targets, {}).advantages[..., y, x]
-            total = total + probs[:, :, y, x, k][:, :, None] * advantages
-        assert total.abs().max() < 1e-7
-
-
-# --- Policy -----------------------------------------------------------------------------------------------------------
-
-
-def test_adapter_is_a_categorical_by_pixel():
+def test_policy_is_a_categorical_by_pixel():
     actions, outputs, _, _ = case(5)
-    policy = seg.mask_policy_adapter(outputs.to(torch.bfloat16))
+    policy = TASK.policy(outputs.to(torch.bfloat16))
     assert policy.batch_shape == (2, 2, 3, 4) and policy.logits.dtype == torch.float32
-    expected = outputs.log_softmax(-1)[:, :, None].expand(2, 2, 3, 3, 4, 5).gather(-1, actions[..., None])[..., 0]
-    got = seg.mask_policy_adapter(outputs).log_prob(actions.movedim(2, 0)).movedim(0, 2)
-    assert torch.allclose(got, expected, atol=1e-12)
-    assert torch.equal(got[:, :, 0], Categorical(logits=outputs).log_prob(actions[:, :, 0]))
+    for a in range(3):
+        got = TASK.policy(outputs).log_prob(actions[:, :, a])
+        assert torch.equal(got, Categorical(logits=outputs).log_prob(actions[:, :, a]))
+    assert torch.allclose(TASK.probabilities(outputs), outputs.softmax(-1), atol=1e-12)
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 11])
-def test_adapter_draws_each_class_as_often_as_its_probability(num_classes):
+def test_policy_draws_each_class_as_often_as_its_probability(num_classes):
     torch.manual_seed(0)
     outputs = torch.randn(1, 2, 3, 4, num_classes) * 2
     outputs[..., 0, num_classes // 2] = -torch.inf if num_classes > 1 else 0  # a class that must never come
-    policy = seg.mask_policy_adapter(outputs)
-    n = 20_000
+    policy, n = TASK.policy(outputs), 20_000
     drawn = policy.sample((n,))
     assert drawn.shape == (n, 1, 2, 3, 4) and drawn.dtype == torch.int64
-    share = F.one_hot(drawn, num_classes).float().mean(0)
     expected = outputs.softmax(-1)
-    deviation = (share - expected).abs() / (expected * (1 - expected) / n).sqrt().clamp(min=1e-6)
-    assert deviation.max() < 4.5  # standard deviations, of at most 264 shares
-    neighbours = drawn.float().flatten(1)
+    deviation = F.one_hot(drawn, num_classes).float().mean(0) - expected
+    deviation /= (expected * (1 - expected) / n).sqrt().clamp(min=1e-6)
+    assert deviation.abs().max() < 4.5  # standard deviations, of at most 264 shares
     if num_classes > 1:  # pixels are drawn independently of each other (nan: one that is always the same)
-        assert torch.corrcoef(neighbours.T).nan_to_num(0).triu(1).abs().max() < 4.5 / n**0.5
+        correlation = torch.corrcoef(drawn.float().flatten(1).T).nan_to_num(0)
+        assert correlation.triu(1).abs().max() < 4.5 / n**0.5
     assert policy.sample().shape == (1, 2, 3, 4) and policy.sample((2, 5)).shape == (2, 5, 1, 2, 3, 4)
-    torch.manual_seed(1)
-    first = policy.sample((3,))
-    torch.manual_seed(1)
-    assert first.equal(policy.sample((3,)))
 
 
-def test_unpatchify_puts_each_logit_in_its_place():
+def test_arrange_puts_each_logit_in_its_place():
     """Token (r, c), channel ((y, x), k) -> pixel (4 r + y, 4 c + x), class k."""
-    patch, classes, side = 4, 3, 2
-    assert seg.head_size(classes, patch) == 48
-    tokens = torch.randn(2, 5, side * side, patch * patch * classes)
-    pixels = seg.unpatchify(tokens, patch)
+    assert TASK.head_size(3) == 48
+    tokens = torch.randn(2, 5, 4, 48)
+    pixels = TASK.arrange(tokens)
     assert pixels.shape == (2, 5, 8, 8, 3)
     for r, c, y, x, k in itertools.product(range(2), range(2), range(4), range(4), range(3)):
-        expected = tokens[:, :, side * r + c, (patch * y + x) * classes + k]
-        assert torch.equal(pixels[:, :, patch * r + y, patch * c + x, k], expected)
-    assert torch.equal(seg.unpatchify(tokens[:, 0], patch), pixels[:, 0])
+        assert torch.equal(pixels[:, :, 4 * r + y, 4 * c + x, k], tokens[:, :, 2 * r + c, (4 * y + x) * 3 + k])
+    assert torch.equal(TASK.arrange(tokens[:, 0]), pixels[:, 0])
 
 
-# --- Data -------------------------------------------------------------------------------------------------------------
-
-
-def folder(root, size=(8, 8), count=2, classes="background\nthing\n", mode="L", values=None):
+def folder(root, mask=None, count=2, classes="background\nthing\n"):
+    """`count` images with the same mask, or with random ones of two classes and ignored pixels."""
     for name in ("images", "masks"):
         (root / name / "deep").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        stem = f"deep/{i}" if i else "0"
-        image = rng.integers(0, 255, (size[1], size[0], 3)).astype(np.uint8)
-        mask = (rng.random((size[1], size[0])) < 0.5).astype(np.uint8) if values is None else values
-        Image.fromarray(image).save(root / "images" / f"{stem}.png")
-        saved = Image.fromarray(mask)
-        if mode == "P":
-            saved.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0] + [7] * 759)
-        saved.save(root / "masks" / f"{stem}.png")
+    for stem in ["0", *(f"deep/{i}" for i in range(1, count))]:
+        drawn = mask or Image.effect_noise((8, 8), 50).point(lambda value: 255 if value > 160 else value > 128)
+        drawn.save(root / "masks" / f"{stem}.png")
+        Image.effect_noise(drawn.size, 50).convert("RGB").save(root / "images" / f"{stem}.png")
     if classes:
         (root / "classes.txt").write_text(classes)
     return root
@@ -214,9 +149,10 @@ def folder(root, size=(8, 8), count=2, classes="background\nthing\n", mode="L", 
 
 @pytest.mark.parametrize("mode", ["L", "P"])
 def test_dataset_reads_values_not_colours(tmp_path, mode):
-    values = np.array([[0, 1, 2, 255]] * 4, dtype=np.uint8)
-    root = folder(tmp_path, (4, 4), classes="a\nb\nc\n", mode=mode, values=values)
-    dataset = seg.SegmentationDataset(str(root), 4)
+    mask = Image.fromarray(np.array([[0, 1, 2, 255]] * 4, dtype=np.uint8))
+    if mode == "P":
+        mask.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0] + [7] * 759)
+    dataset = seg.SegmentationDataset(str(folder(tmp_path, mask, classes="a\nb\nc\n")), 4)
     assert dataset.classes == ["a", "b", "c"] and len(dataset) == 2 and dataset[0].shape == (4, 4, 4)
     batch = dataset.batch(torch.tensor([1, 0]), torch.stack([dataset[1], dataset[0]]))
     assert torch.equal(batch.targets[0], torch.tensor([[0, 1, 2, 0]] * 4)) and batch.targets.dtype == torch.int64
@@ -240,79 +176,50 @@ def test_mirroring_turns_images_masks_and_what_counts_alike():
     inputs = torch.randint(255, (64, 3, 4, 4), generator=g, dtype=torch.uint8)
     targets, counted = inputs[:, 0].long() % 3, inputs[:, 1] < 200
     torch.manual_seed(1)
-    flipped = seg.mirror_batch(TensorMiniBatch(inputs, targets, {"a": 1}, counted))
+    flipped = TASK.mirror(TensorMiniBatch(inputs, targets, {"a": 1}, counted))
     chosen = (flipped.inputs != inputs).flatten(1).any(1)
     assert 20 < chosen.sum() < 44 and flipped.metadata == {"a": 1}
-    for i in range(64):
-        turn = (lambda x: x.flip(-1)) if chosen[i] else (lambda x: x)
-        assert torch.equal(flipped.inputs[i], turn(inputs[i]))
-        assert torch.equal(flipped.targets[i], turn(targets[i])) and torch.equal(flipped.counted[i], turn(counted[i]))
+    for before, after in ((inputs, flipped.inputs), (targets, flipped.targets), (counted, flipped.counted)):
+        assert torch.equal(after[chosen], before[chosen].flip(-1)) and torch.equal(after[~chosen], before[~chosen])
 
 
 def test_batches_are_the_same_from_files_and_from_the_cache(tmp_path):
-    dataset = seg.SegmentationDataset(str(folder(tmp_path, count=5)), 8)
-    plain, kept = (list(ordered_batches(dataset, 2, cache=cache)) for cache in (False, True))
-    for a, b in zip(plain, kept, strict=True):
-        assert torch.equal(a.inputs, b.inputs) and torch.equal(a.targets, b.targets)
-        assert torch.equal(a.counted, b.counted)
+    """The mask is kept with its image."""
+    dataset, order = seg.SegmentationDataset(str(folder(tmp_path, count=5)), 8), lambda _: torch.arange(5)
+    plain, kept = (
+        [vars(batch) for batch in stream_batches(dataset, order, 2, range(9), cache=cache)] for cache in (False, True)
+    )
+    assert same(plain, kept)
 
 
 def test_classes_without_a_file_are_numbered(tmp_path):
     root = str(folder(tmp_path, classes=None))
-    assert seg.SegmentationDataset(root, 8, num_classes=3).classes == ["0", "1", "2"]
-    with pytest.raises(InputError, match=r"classes.txt: no such file; .* set model.num_classes"):
-        seg.SegmentationDataset(root, 8)
+    assert configure(("test", {"task": "segmentation", "model.num_classes": 3}))[1].open(root).classes == list("012")
+    assert message(TASK.open, root).startswith(f"{root}/classes.txt: no such file; ")
 
 
-def break_it(root, how):
-    if how == "folder":
-        (root / "masks").rename(root / "labels")
-    elif how == "mask missing":
-        (root / "masks" / "0.png").unlink()
-    elif how == "image missing":
-        (root / "images" / "0.png").unlink()
-    elif how == "twice":
-        Image.open(root / "images" / "0.png").save(root / "images" / "0.jpg")
-    elif how == "size":
-        Image.new("L", (8, 7)).save(root / "masks" / "0.png")
-    elif how == "value":
-        Image.new("L", (8, 8), 2).save(root / "masks" / "0.png")
-    elif how == "rgb":
-        Image.new("RGB", (8, 8)).save(root / "masks" / "0.png")
-    elif how == "NaN":
-        Image.new("F", (8, 8), float("nan")).save(root / "masks" / "0.tif")
-        (root / "masks" / "0.png").unlink()
-    elif how == "garbage":
-        (root / "masks" / "0.png").write_text("not a picture")
-    elif how == "classes":
-        (root / "classes.txt").write_text("one\n")
+def replace_mask(mode: str, size=(8, 8), value=0):
+    return lambda root: Image.new(mode, size, value).save(root / "masks" / "0.png")
 
 
-@pytest.mark.parametrize(
-    "how, message",
-    [
-        ("folder", "no folder masks; it should hold images/ and masks/"),
-        ("mask missing", r"images/0.png: it has no mask .*masks/0.png"),
-        ("image missing", "masks/0.png: a mask without an image"),
-        ("twice", "0.* has the same stem; remove one of them"),
-        ("size", "masks/0.png: the mask has 8x7 pixels, its image 8x8"),
-        ("value", r"masks/0.png: pixel value 2, but the classes are 0 to 1 \(255 is ignored\)"),
-        ("rgb", "masks/0.png: a mask should be an 8-bit single-channel or palette PNG, not RGB"),
-        ("NaN", "masks/0.tif: a mask should be an 8-bit single-channel or palette PNG, not F"),
-        ("garbage", "masks/0.png: not a readable mask"),
-        ("classes", "classes.txt: it should name 2 to 254 different classes"),
-    ],
-)
-def test_what_is_broken_is_named_in_one_line(tmp_path, how, message):
-    root = folder(tmp_path)
-    break_it(root, how)
-    with pytest.raises(InputError, match=message) as error:
-        dataset = seg.SegmentationDataset(str(root), 8)
-        dataset[0]
-    assert "\n" not in str(error.value)
+BROKEN = {
+    "no folder masks; it should hold images/ and masks/": lambda root: (root / "masks").rename(root / "labels"),
+    "images/0.png: it has no mask ": lambda root: (root / "masks" / "0.png").unlink(),
+    "masks/0.png: a mask without an image": lambda root: (root / "images" / "0.png").unlink(),
+    "has the same stem; remove one of them": lambda root: (root / "images" / "0.jpg").write_text("twice"),
+    "masks/0.png: the mask has 8x7 pixels, its image 8x8": replace_mask("L", (8, 7)),
+    "masks/0.png: pixel value 2, but the classes are 0 to 1 (255 is ignored)": replace_mask("L", value=2),
+    "masks/0.png: a mask should be an 8-bit single-channel or palette PNG, not RGB": replace_mask("RGB"),
+    "masks/0.png: a mask should be an 8-bit single-channel or palette PNG, not I;16": replace_mask("I;16"),
+    "masks/0.png: not a readable mask": lambda root: (root / "masks" / "0.png").write_text("not a picture"),
+    "classes.txt: it should name 2 to 254 different classes": lambda root: (root / "classes.txt").write_text("one\n"),
+}
 
 
-# --- Metric -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("expected", BROKEN)
+def test_what_is_broken_is_named_in_one_line(tmp_path, expected):
+    BROKEN[expected](folder(tmp_path))
+    assert expected in message(lambda: seg.SegmentationDataset(str(tmp_path), 8)[0])
 
 
 @pytest.mark.parametrize("num_classes, absent", [(2, False), (4, False), (4, True)])
@@ -322,38 +229,36 @@ def test_metrics_against_scikit_learn(num_classes, absent):
     targets = torch.randint(num_classes - absent, (6, 5, 5), generator=g)
     predicted = torch.where(torch.rand(6, 5, 5, generator=g) < 0.6, targets, (targets + 1) % (num_classes - absent))
     counted = torch.rand(6, 5, 5, generator=g) < 0.7
-    confusion = seg.confusion_matrix(predicted, targets, counted, num_classes)
+    confusion = confusion_matrix(predicted, targets, num_classes, counted)
     truth, guess = targets[counted].numpy(), predicted[counted].numpy()
     assert np.array_equal(confusion, sklearn_confusion(truth, guess, labels=range(num_classes)))
-    figures = seg.segmentation_metrics(confusion, [f"c{k}" for k in range(num_classes)])
-    assert figures["mean_iou"] == pytest.approx(jaccard_score(truth, guess, average="macro"), abs=1e-12)
-    assert figures["pixel_accuracy"] == pytest.approx((truth == guess).mean(), abs=1e-12)
-    by_class = jaccard_score(truth, guess, average=None)
-    assert [figures[f"iou/c{k}"] for k in range(num_classes - absent)] == pytest.approx(by_class, abs=1e-12)
-    assert f"iou/c{num_classes - 1}" not in figures or not absent
+    metrics = seg.segmentation_metrics(confusion, [f"c{k}" for k in range(num_classes)])
+    expected = {"mean_iou": jaccard_score(truth, guess, average="macro"), "pixel_accuracy": (truth == guess).mean()}
+    expected |= {f"iou/c{k}": value for k, value in enumerate(jaccard_score(truth, guess, average=None))}
+    assert len(expected) == 2 + num_classes - absent and metrics == pytest.approx(expected, abs=1e-12)
 
 
 def test_evaluation_is_that_of_both_predictors_over_all_batches(tmp_path):
     dataset = seg.SegmentationDataset(str(folder(tmp_path, count=5)), 8)
-    evaluation = seg.Evaluation(dataset, CONFIG, shown=3)
+    evaluation = seg.MaskEvaluation(TASK, dataset, shown=3)
     torch.manual_seed(0)
-    truth, single, mean, counted = [], [], [], []
+    rows = []
     for batch in ordered_batches(dataset, 2):
         outputs, passes = torch.randn(len(batch), 8, 8, 2), torch.randn(len(batch), 3, 8, 8, 2)
         evaluation.add(batch, outputs, passes)
-        truth.append(batch.targets)
-        single.append(outputs.argmax(-1))
-        mean.append(passes.softmax(-1).mean(1).argmax(-1))
-        counted.append(batch.counted)
-    truth, single, mean = (torch.cat(x).flatten().numpy() for x in (truth, single, mean))
-    figures = evaluation.figures()
-    assert figures["eval/mean_iou"] == pytest.approx(jaccard_score(truth, single, average="macro"))
-    assert figures["eval_mc/mean_iou"] == pytest.approx(jaccard_score(truth, mean, average="macro"))
-    assert figures["eval_mc/iou/thing"] == pytest.approx(jaccard_score(truth, mean))
+        mean = passes.softmax(-1).mean(1)
+        entropy = torch.special.entr(mean).sum(-1) * batch.counted
+        rows.append((batch.counted, batch.targets, outputs.argmax(-1), mean.argmax(-1), entropy))
+    counted, *columns, entropy = map(torch.cat, zip(*rows))
+    truth, single, mean = (column[counted].numpy() for column in columns)
+    metrics = evaluation.metrics()
+    assert metrics["eval/mean_iou"] == pytest.approx(jaccard_score(truth, single, average="macro"))
+    assert metrics["eval_mc/mean_iou"] == pytest.approx(jaccard_score(truth, mean, average="macro"))
+    assert metrics["eval_mc/iou/thing"] == pytest.approx(jaccard_score(truth, mean))
     picture = evaluation.draw()
     assert picture.dtype == torch.uint8 and picture.shape[0] == 3 and picture.float().std() > 1
-    entropies = [entropy for entropy, _ in evaluation.pictures]
-    assert len(entropies) == 3 and entropies == sorted(entropies, reverse=True)
+    expected = entropy.mean((1, 2)).sort(descending=True).values[:3].tolist()
+    assert [shown for shown, _ in evaluation.pictures] == pytest.approx(expected)
 
 
 def test_pictures_show_classes_and_ignored_pixels():

@@ -1,0 +1,278 @@
+"""From the words of the config to objects: task, rewards, device, model, optimizer, settings."""
+
+import argparse
+import copy
+import inspect
+import math
+import os
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from checkpoint import load_checkpoint
+from config import SCHEMA, Key, Schema, check, flatten, load_user_file, one_line, parse_override, read_yaml
+from data_types import InputError
+from detection_task import Detection
+from grpo import Reward, RolloutSettings, UpdateSettings, keyed_rng
+from images import BadImages, Batches, ImageDataset, Loading, keep_decoded, ordered_batches
+from pretrained import load_weights
+from processes import rank_and_world
+from report import Console
+from segmentation_task import Segmentation
+from vision_task import Classification, Task
+from vit_model import VisionTransformer
+
+TASKS: dict[str, type[Task]] = {"classification": Classification, "segmentation": Segmentation, "detection": Detection}
+
+
+def load_task(name: str) -> type[Task]:
+    """One of the three tasks by name, or that of path/to/file.py or path/to/file.py:ClassName. Raises InputError."""
+    if name in TASKS:
+        return TASKS[name]
+    path, _, class_name = name.partition(":")
+    if not path.endswith(".py"):
+        raise InputError(f"task: {name!r} is not allowed; expected {' | '.join(TASKS)} | path/to/file.py[:ClassName]")
+    module = load_user_file(path, "task")
+    classes = [value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, Task)]
+    tasks = {value.__name__: value for value in classes if value.__module__ == module.__name__}  # not what it imports
+    if class_name not in tasks and (class_name or len(tasks) != 1):
+        wanted = f"a Task {class_name}" if class_name else f"one Task, or be named as {path}:ClassName"
+        raise InputError(f"task: {path} should define {wanted}; it defines {', '.join(tasks) or 'none'}")
+    task = tasks[class_name] if class_name else next(iter(tasks.values()))
+    required = ("open", "rewards", "metrics") if task.evaluation is Task.evaluation else ("open", "rewards")
+    if missing := [member for member in required if getattr(task, member) == getattr(Task, member)]:
+        raise InputError(f"task: {path}: {task.__name__} lacks {', '.join(missing)}; see vision_task.Task")
+    return task
+
+
+def schema_of(task: type[Task] = Task) -> Schema:
+    """The keys of every run, those of the three tasks, which any config may hold, and those of the task."""
+    names = " | ".join([*TASKS, "path/to/file.py[:ClassName]"])
+    schema = {"task": Key("classification", str, "what an action is, and all that depends on it", names)} | SCHEMA
+    for with_keys in (*TASKS.values(), task):
+        schema |= with_keys.keys
+    return schema
+
+
+def configure(*layers: tuple[str, dict]) -> tuple[dict, Task]:
+    """`config.check` with the keys of the task that the layers name: the whole config, and the task."""
+    name = next((layer["task"] for _, layer in reversed(layers) if "task" in layer), "classification")
+    if not isinstance(name, str):
+        raise InputError(f"task: {name!r} is not allowed; expected {schema_of()['task'].rule}")
+    task = load_task(name)
+    config = check(*layers, schema=schema_of(task))
+    return config, task(config)
+
+
+def load_rewards(task: Task) -> dict[str, tuple[Reward, float]]:
+    """rollout.reward, name -> weight, as name -> (function, weight). A name is one of the task's rewards, or
+    path/to/file.py:function. Raises InputError."""
+    rewards = {}
+    for name, weight in (task.config["rollout"]["reward"] or {next(iter(task.rewards)): 1.0}).items():
+        path, colon, function = name.rpartition(":")
+        reward = getattr(load_user_file(path, "rollout.reward"), function, None) if colon else task.rewards.get(name)
+        if not callable(reward):
+            where = f"in {path}" if colon else f"in {', '.join(task.rewards)}; your own is path/to/file.py:function"
+            raise InputError(f"rollout.reward: no function {function} {where}")
+        rewards[name] = reward, weight
+    return rewards
+
+
+def sections(config: dict) -> tuple[SimpleNamespace, ...]:
+    """The keys of data, rollout and training by attribute."""
+    return tuple(SimpleNamespace(**config[section]) for section in ("data", "rollout", "training"))
+
+
+def rollout_settings(config: dict) -> RolloutSettings:
+    """How groups are made."""
+    return RolloutSettings(**{name: config["rollout"][name] for name in RolloutSettings.__dataclass_fields__})
+
+
+def update_settings(task: Task, per_rank: int) -> UpdateSettings:
+    """How they are learned from. per_rank: images of a batch that this process has."""
+    training = task.config["training"]
+    micro_batch_size = training["micro_batch_size"] or per_rank
+    pad_to = max(micro_batch_size // 4, 1) if task.config["model"]["compile"] else 1
+    own = {"supervised_loss": task.supervised_loss, "micro_batch_size": micro_batch_size, "pad_to": pad_to}
+    return UpdateSettings(**{name: (training | own)[name] for name in UpdateSettings.__dataclass_fields__})
+
+
+def images_per_rank(training: SimpleNamespace) -> int:
+    """Images of each batch that are one process's. Raises InputError where the batch does not fall into equal parts."""
+    world = rank_and_world()[1]
+    per_rank, uneven = divmod(training.batch_size, world)
+    if uneven or (world > 1 and per_rank % (training.micro_batch_size or per_rank)):
+        parts = f"equal parts for {world} processes"
+        parts += f" of whole micro-batches of {training.micro_batch_size}" if training.micro_batch_size else ""
+        raise InputError(f"training.batch_size: {training.batch_size} does not fall into {parts}")
+    return per_rank
+
+
+def pick_device(name: str) -> torch.device:
+    """training.device as a device that works here, for each process of a host its own GPU; raises InputError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.empty(1, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # whose random state `keyed_rng` forks
+        return device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise InputError(f"training.device: {name} is not available here ({one_line(error)[:80]})") from None
+
+
+def pick_autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """training.dtype as the dtype of the forward pass, None for plain float32."""
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and has_bfloat16) else None
+
+
+def layer_of(name: str, depth: int) -> int:
+    """The layer of a parameter: 0 for the embedding, 1 to depth for the blocks, depth + 1 for norm and head."""
+    if name.startswith(("patch_embed.", "cls_token", "pos_embed")):
+        return 0
+    return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
+
+
+def build_model(task: Task, num_classes: int, device: torch.device) -> VisionTransformer:
+    """The ViT with seeded weights on `device`; what training.freeze_blocks holds takes no gradient."""
+    config = task.config
+    shape = {k: v for k, v in config["model"].items() if k not in ("num_classes", "checkpoint_path", "compile")}
+    dtype = pick_autocast_dtype(config["training"]["dtype"], device)
+    width = task.head_size(num_classes)
+    with keyed_rng(config["training"]["seed"], "init"):
+        model = VisionTransformer(**shape, num_classes=width, dense=task.dense, autocast_dtype=dtype).to(device)
+    frozen = config["training"]["freeze_blocks"]
+    for name, p in model.named_parameters():
+        p.requires_grad_(not frozen or layer_of(name, len(model.blocks)) > frozen)
+    return model
+
+
+def build_optimizer(model: VisionTransformer, training: SimpleNamespace) -> torch.optim.AdamW:
+    """AdamW over what is not frozen; no weight decay on biases, norms, class token and position embedding. `lr_scale`
+    of a group is its share of the learning rate: layer_decay per layer below the head, as in BEiT
+    (https://arxiv.org/abs/2106.08254)."""
+    depth, params = len(model.blocks), {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            plain = p.ndim < 2 or name in ("cls_token", "pos_embed")
+            lr_scale = training.layer_decay ** (depth + 1 - layer_of(name, depth))
+            params.setdefault((plain, lr_scale), []).append(p)
+    groups = [
+        {"params": group, "weight_decay": 0.0 if plain else training.weight_decay, "lr_scale": lr_scale}
+        for (plain, lr_scale), group in sorted(params.items(), key=lambda item: item[0])
+    ]
+    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=tuple(training.betas), fused=True)
+
+
+def learning_rate(step: int, training: SimpleNamespace) -> float:
+    """Linear warm-up, then half a cosine."""
+    if step < training.warmup_steps:
+        return training.learning_rate * (step + 1) / training.warmup_steps
+    progress = (step - training.warmup_steps) / max(training.steps - training.warmup_steps, 1)
+    low, high = training.min_learning_rate, training.learning_rate
+    return low + (high - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def open_run(args: argparse.Namespace) -> tuple[Task, Path, dict | None]:
+    """The task with its config, the run's folder, and the checkpoint's state if the run goes on. The config is the
+    file's, or the checkpoint's when a run goes on; the command line wins. Raises InputError."""
+    overrides = "command line", dict(map(parse_override, args.overrides))
+    checkpoint = args.resume or args.evaluate
+    if checkpoint in (None, "auto"):
+        config, task = configure((args.config, read_yaml(args.config)), overrides)
+        config["training"]["run_name"] = config["training"]["run_name"] or Path(args.config).stem
+        run_dir = Path(config["training"]["ckpt_dir"], config["training"]["run_name"])
+        checkpoint = run_dir if checkpoint == "auto" and (run_dir / "last.pt").exists() else None
+    if not checkpoint:
+        log_dir = Path(config["training"]["log_dir"], config["training"]["run_name"])
+        for used in () if args.resume else (run_dir, log_dir):
+            if used.is_dir() and any(used.iterdir()):
+                hint = "go on with --resume auto, delete it, or name a new run with training.run_name=NAME"
+                raise InputError(f"{used} exists: {hint}")
+        return task, run_dir, None
+    run_dir = Path(checkpoint)
+    state = load_checkpoint(run_dir)
+    run_dir = run_dir if run_dir.is_dir() else run_dir.parent  # given a file of the run
+    config, task = configure((str(run_dir), flatten(state["config"], str(run_dir))), overrides)
+    config["training"] |= {"ckpt_dir": str(run_dir.parent), "run_name": run_dir.name}
+    return task, run_dir, state
+
+
+def open_eval_set(task: Task, classes: list[str], console: Console) -> ImageDataset:
+    """The evaluation's data set, whose classes are those of the training folder. Raises InputError."""
+    eval_set = task.open(task.config["data"]["eval_dir"], classes)
+    console.line(f"{task.config['data']['eval_dir']}: {len(eval_set)} images")
+    return eval_set
+
+
+def open_eval_batches(
+    dataset: ImageDataset | None, task: Task, bad_images: BadImages, keep: bool = False
+) -> Batches | None:
+    """This process's batches of the evaluation, decoded once if they are kept; images that cannot be decoded are left
+    out with data.on_bad_image: skip."""
+    if dataset is None:
+        return None
+    data, _, training = sections(task.config)
+    on_bad = "drop" if data.on_bad_image == "skip" else "error"
+    loading = Loading(data.num_workers, pick_device(training.device).type == "cuda", on_bad, bad_images)
+    size = training.micro_batch_size or training.batch_size
+    return Batches(partial(ordered_batches, dataset, size, loading, *rank_and_world()), keep)
+
+
+def open_data(task: Task, state: dict | None, console: Console) -> tuple[ImageDataset, ImageDataset | None, bool]:
+    """The data sets of training and evaluation, and whether decoded images are kept. What the training folder's format
+    says of the classes holds for the evaluation's, too. Raises InputError."""
+    data = sections(task.config)[0]
+    train_set = task.open(data.train_dir, state["classes"] if state else None)
+    wanted, found = task.config["model"]["num_classes"], len(train_set.classes)
+    console.line(f"{data.train_dir}: {len(train_set)} images of {found} classes")
+    eval_set = None
+    if data.eval_dir and Path(data.eval_dir).exists():
+        eval_set = open_eval_set(task, train_set.classes, console)
+    else:
+        reason = f"{data.eval_dir}: no such folder" if data.eval_dir else "null"
+        console.line(f"data.eval_dir: {reason}; training without evaluation")
+    if wanted not in (None, found):
+        raise InputError(f"model.num_classes: {wanted}, but {data.train_dir} holds {found} classes; set it to null")
+    cache, size = keep_decoded(data, train_set, eval_set)
+    kept = "kept in memory after the first epoch" if cache else "decoded again each epoch"
+    kept += " by each process" if rank_and_world()[1] > 1 else ""
+    console.line(f"data.cache: {data.cache}: {size / 1e6:.0f} MB of decoded images, {kept}")
+    return train_set, eval_set, cache
+
+
+def open_model(
+    task: Task, num_classes: int, state: dict | None, console: Console
+) -> tuple[nn.Module, nn.Module | None]:
+    """The model with the weights that it starts from, on its device, and the reference of the KL term if there is one:
+    a frozen copy of the model that training started from. Raises InputError."""
+    config, reference = task.config, None
+    model = build_model(task, num_classes, pick_device(config["training"]["device"]))
+    if config["model"]["checkpoint_path"] and not state:
+        console.line(load_weights(model, config["model"]["checkpoint_path"]))
+    if state:
+        try:
+            model.load_state_dict(state["model"])
+        except RuntimeError:
+            run = f"{config['training']['ckpt_dir']}/{config['training']['run_name']}"
+            raise InputError(f"{run}: its weights do not fit the model section; drop the model.* keys") from None
+    if config["training"]["kl_coef"] and state and "reference" not in state:
+        raise InputError("training.kl_coef: this run keeps no reference; start a new one with model.checkpoint_path")
+    if config["training"]["kl_coef"]:
+        reference = copy.deepcopy(model).requires_grad_(False)
+        if state:
+            reference.load_state_dict(state["reference"])
+    if config["model"]["compile"]:
+        torch._dynamo.config.recompile_limit = 32  # each shape is compiled once, there are about ten
+        for network in filter(None, (model, reference)):
+            network.compile(fullgraph=True, dynamic=False)
+    params, device = sum(p.numel() for p in model.parameters()) / 1e6, next(model.parameters()).device
+    precision = "bfloat16 autocast" if model.autocast_dtype else "float32"
+    console.line(f"{params:.2f} M parameters on {device}, {precision}")
+    return model, reference

@@ -1,0 +1,333 @@
+"""Images, for every task: found, decoded, resized, streamed in batches, mirrored, normalised."""
+
+import atexit
+import hashlib
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from config import load_file, one_line
+from data_types import InputError, TensorMiniBatch
+from grpo import keyed_rng
+from processes import rank_and_world
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+
+
+def find_images(root: str) -> list[str]:
+    """All image files at any depth below `root`, sorted; links are followed, hidden files and folders are not."""
+    found, visited = [], set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:  # a link in a circle
+            subfolders.clear()
+            continue
+        visited.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        images = [name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        found += [os.path.join(folder, name) for name in images]
+    return sorted(found)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any of Pillow's modes as 8-bit RGB: 16-bit grey is scaled, not clipped; transparency lies on white."""
+    if image.mode.startswith("I"):  # "I;16" and its byte orders; "I" is how 16-bit grey comes from some formats
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range; save it with 8 or 16 bits")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def decode_image(path: str, image_size: int) -> Tensor:
+    """The image file as uint8 [3, image_size, image_size], upright, resized (not cropped) with antialiasing. Raises
+    InputError, which names the file."""
+    try:
+        with Image.open(path) as image:
+            image.draft(None, (image_size, image_size))  # JPEG: decode at 1/2, 1/4, 1/8 where that is still enough
+            rgb = to_rgb(ImageOps.exif_transpose(image))
+        rgb = rgb.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+        raise InputError(f"{path}: not a readable image ({one_line(error)}); repair or remove it") from error
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()  # [h, w, 3] -> [3, h, w]
+
+
+def upright_size(path: str) -> tuple[int, int]:
+    """Width and height of the image file as `decode_image` turns it, from its header."""
+    with Image.open(path) as image:
+        if image.format == "TIFF":  # Pillow turns these by itself, some versions on opening, others on loading
+            image.load()
+            return image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return image.size[::-1] if turned else image.size
+
+
+class ImageDataset(Dataset):
+    """Image files and what is known about them: what every task's `open` returns. A subclass sets root, the folder;
+    image_size, of the input; paths, the n files; classes, the K names by id; and `targets` [n, E…], or it has a `batch`
+    of its own."""
+
+    channels = 3  # of an item
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Item `index` as a worker decodes it: uint8 [channels, image_size, image_size]. Raises InputError."""
+        return decode_image(self.paths[index], self.image_size)
+
+    def batch(self, indices: Tensor, items: Tensor) -> TensorMiniBatch:
+        """The items at the places `indices` [B], uint8 [B, channels, image_size, image_size], with their targets."""
+        return TensorMiniBatch(items, self.targets[indices], self.metadata(indices))
+
+    def metadata(self, indices: Tensor) -> dict:
+        """What a reward is told beside the targets."""
+        paths = [self.paths[i] for i in indices.tolist()]
+        return {"paths": paths, "indices": indices, "classes": tuple(self.classes)}
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How files become batches. num_workers: processes that decode, ahead of need; 0: this one. pin_memory: for copies
+    to a GPU that overlap. on_bad: what happens where a file cannot be decoded: `error` raises InputError; `skip` lets
+    the next good one take its place, `drop` none; report(file -> what is wrong) hears of it, each time."""
+
+    num_workers: int = 0
+    pin_memory: bool = False
+    on_bad: str = "error"
+    report: Callable[[dict[str, str]], None] = lambda bad: None
+
+
+class _BatchDecoder(Dataset):
+    """What a loader's worker does: decode the items at `indices`. Hands an error back as a value, because DataLoader
+    would wrap its message in a worker's traceback."""
+
+    def __init__(self, dataset: Dataset, on_bad: str):
+        self.dataset, self.on_bad = dataset, on_bad
+
+    def __getitem__(self, indices: list[int]) -> tuple[list[int], dict[str, str], Tensor] | InputError:
+        """The places that were decoded (with `drop` perhaps fewer), what is wrong with others, by file, the items."""
+        found, bad, items = [], {}, []
+        n = len(self.dataset)
+        for index in indices:
+            for place in range(index, index + n if self.on_bad == "skip" else index + 1):
+                try:
+                    items.append(self.dataset[place % n])
+                    found.append(place % n)
+                    break
+                except InputError as error:
+                    if self.on_bad == "error":
+                        return error
+                    bad[self.dataset.paths[place % n]] = str(error)
+        if not items and self.on_bad == "skip":
+            return InputError(f"{self.dataset.root}: no image that can be decoded")
+        size = self.dataset.image_size
+        shape = 0, self.dataset.channels, size, size
+        return found, bad, torch.stack(items) if items else torch.empty(shape, dtype=torch.uint8)
+
+    def __reduce__(self) -> tuple:
+        """A worker that was not forked loads the file of the data set's class before it reads the data set."""
+        module = sys.modules[type(self.dataset).__module__]
+        file = module.__file__ if getattr(module, "loaded_by_path", False) else None
+        return _unpickle_decoder, (file, pickle.dumps(self.dataset), self.on_bad)
+
+
+def _unpickle_decoder(file: str | None, dataset: bytes, on_bad: str) -> _BatchDecoder:
+    if file:
+        load_file(file)
+    return _BatchDecoder(pickle.loads(dataset), on_bad)
+
+
+def _ignore_signals(_worker_id: int) -> None:
+    """Ctrl-C and SIGTERM reach the whole process group; the main process finishes its step and ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Python ends daemons by SIGTERM, which workers ignore, and would wait for ever for those of an unclosed stream."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would complain of a killed worker
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
+def stream_batches(
+    dataset: Dataset,
+    order: Callable[[int], Tensor],
+    batch_size: int,
+    steps: range,
+    loading: Loading = Loading(),
+    *,
+    cache: bool = False,
+    part: slice = slice(None),
+) -> Iterator[TensorMiniBatch]:
+    """The uint8 batches of the given steps of an endless pass over an `ImageDataset`: epoch after epoch, no image
+    dropped. Step s takes places s * batch_size … of the epochs laid end to end, so they are a function of s alone.
+
+    order(epoch): the epoch's permutation, [n]. cache: decoded images are kept in memory, and after a whole epoch no
+    file is opened any more. part: the images of each batch that this process is to have; not with `cache`, which would
+    never be full.
+    """
+    n = len(dataset)
+    order = lru_cache(maxsize=2)(order)
+
+    def indices(step: int) -> Tensor:  # [batch_size]
+        places = torch.arange(step * batch_size, (step + 1) * batch_size)
+        epochs = range(int(places[0]) // n, int(places[-1]) // n + 1)
+        return torch.cat([order(epoch)[places[places // n == epoch] % n] for epoch in epochs])[part]
+
+    decode = steps
+    if cache:
+        seen_all = (-(-steps.start * batch_size // n) + 1) * n  # where the first epoch entered at its start ends
+        decode = range(steps.start, min(steps.stop, -(-seen_all // batch_size)))
+        store = torch.empty(n, dataset.channels, dataset.image_size, dataset.image_size, dtype=torch.uint8)
+        source = torch.arange(n)  # the place that a place's image is taken from
+    loader = DataLoader(
+        _BatchDecoder(dataset, loading.on_bad),
+        sampler=(indices(step).tolist() for step in decode),  # lists: a tensor would go through shared memory
+        batch_size=None,  # an item is a batch already
+        num_workers=loading.num_workers,
+        prefetch_factor=4 if loading.num_workers else None,
+        pin_memory=loading.pin_memory,
+        worker_init_fn=_ignore_signals,
+    )
+    for decoded, step in zip(loader, decode):
+        if isinstance(decoded, InputError):
+            raise decoded
+        found, bad, items = decoded
+        if bad:
+            loading.report(bad)
+        if cache:
+            store[found] = items
+            source[indices(step)] = torch.tensor(found)
+        batch = dataset.batch(torch.tensor(found, dtype=torch.int64), items)
+        yield batch.pin_memory() if loading.pin_memory else batch
+    for step in range(decode.stop, steps.stop):
+        found = source[indices(step)]
+        batch = dataset.batch(found, store[found])
+        yield batch.pin_memory() if loading.pin_memory else batch
+
+
+def ordered_batches(
+    dataset: Dataset, batch_size: int, loading: Loading = Loading(), first: int = 0, every: int = 1
+) -> Iterator[TensorMiniBatch]:
+    """Every image once, in order, of the batches first, first + every, …; a batch may be empty with on_bad: drop."""
+    n = len(dataset)
+    batch_size = min(batch_size, n)
+    steps = range(first, -(-n // batch_size), every)
+    for step, batch in zip(steps, stream_batches(dataset, lambda _: torch.arange(n), batch_size, steps, loading)):
+        in_order = batch.metadata["indices"] >= step * batch_size  # the last batch is filled up from the next epoch
+        yield batch[: int(in_order.sum())]
+
+
+def micro_batches(
+    batch: TensorMiniBatch, size: int, key: tuple[int, int], mirror: Callable | None
+) -> Iterator[tuple[int, TensorMiniBatch]]:
+    """The batch in parts of `size` images, each with its place in the batch of all processes. mirror: mirrors half of a
+    part, see `Task.mirror`; its draws are a function of key, (seed, step), and the place."""
+    for start in range(0, len(batch), size):
+        part, index = batch[start : start + size], rank_and_world()[0] * len(batch) + start
+        if mirror:
+            with keyed_rng(*key, "flips", index):
+                part = mirror(part)
+        yield index, part
+
+
+class Batches:
+    """Batches that can be gone through again and again: made anew by `make()` each time, or made once and kept."""
+
+    def __init__(self, make: Callable[[], Iterable[TensorMiniBatch]], keep: bool):
+        self.make = lru_cache(lambda: list(make())) if keep else make
+
+    def __iter__(self) -> Iterator[TensorMiniBatch]:
+        return iter(self.make())
+
+
+class BadImages:
+    """Hears of images that cannot be decoded: says each once, and stops a run that meets too many of them. images: of
+    all data sets together. say: prints a line."""
+
+    def __init__(self, images: int, say: Callable[[str], None]):
+        self.images, self.say, self.seen = images, say, set()
+
+    def __call__(self, bad: dict[str, str]) -> None:
+        """bad: file -> what is wrong with it. Raises InputError where they are more than 1 % of the images."""
+        for path in bad.keys() - self.seen:
+            self.say(f"warning: {bad[path]}")
+        self.seen.update(bad)
+        if len(self.seen) > self.images / 100:
+            raise InputError(
+                f"data.on_bad_image: skip: {len(self.seen)} of {self.images} images (training and evaluation) cannot "
+                f"be decoded, more than 1 %; the last: {next(iter(bad.values()))}"
+            )
+
+
+def epoch_order(epoch: int, seed: int, size: int) -> Tensor:
+    """The epoch's permutation of the training images, [size]."""
+    with keyed_rng(seed, "order", epoch):
+        return torch.randperm(size)
+
+
+def keep_decoded(data: SimpleNamespace, *datasets: Dataset | None) -> tuple[bool, int]:
+    """Whether decoded images are kept in memory (data.cache), and how many bytes they are."""
+    size = sum(dataset.channels * dataset.image_size**2 * len(dataset) for dataset in datasets if dataset)
+    alone = rank_and_world()[1] == 1  # a process would see all images only after many epochs
+    return alone and (data.cache == "always" or (data.cache == "auto" and size <= data.cache_limit_gb * 1e9)), size
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """The number of images and a hash of their names: another order of epochs follows from another one."""
+    names = "\n".join(os.path.relpath(path, dataset.root) for path in dataset.paths)
+    return f"{len(dataset)} images ({hashlib.blake2b(os.fsencode(names), digest_size=4).hexdigest()})"
+
+
+def draw_mirrored(images: Tensor) -> Tensor:
+    """Which of the images [B, …] to mirror: each with probability 1/2, from torch's global generator. [B] bool."""
+    return torch.rand(len(images), device=images.device) < 0.5
+
+
+def mirror(x: Tensor, chosen: Tensor) -> Tensor:
+    """x [B, …, W] with the chosen [B] left to right."""
+    return torch.where(chosen.view(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
+
+
+def prepare(images: Tensor, mean: list[float], std: list[float], augment: bool = False) -> Tensor:
+    """uint8 [B, C, H, W] -> float32, scaled to [0, 1], normalised by channel; with `augment` after `mirror`."""
+    images = mirror(images, draw_mirrored(images)) if augment else images
+    return (images - per_channel(tuple(mean), images.device)).div_(per_channel(tuple(std), images.device))
+
+
+class Prepared(nn.Module):
+    """A model as a function of uint8 images: an episode kept for a replay holds these, a quarter of the floats.
+    arrange: puts the model's output into the task's shape."""
+
+    def __init__(self, model: nn.Module, mean: list[float], std: list[float], arrange: Callable = lambda x: x):
+        super().__init__()
+        self.model, self.mean, self.std, self.arrange = model, mean, std, arrange
+        self.sample_masks = model.sample_masks
+
+    def forward(self, images: Tensor, masks: dict[str, Tensor] | None = None) -> Tensor:
+        return self.arrange(self.model(prepare(images, self.mean, self.std), masks))
+
+
+@lru_cache
+def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Mean or std in units of uint8, [C, 1, 1]; kept, because a copy to the GPU would wait for it at every step."""
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None] * 255

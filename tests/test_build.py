@@ -1,0 +1,186 @@
+"""build.py: tasks, rewards, settings, device, frozen layers, parameter groups and the learning rate of a config."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY, message
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+
+import build
+from config import flatten
+from grpo import RolloutSettings
+from vision_task import Task, classification_reward
+
+CPU = torch.device("cpu")
+EMBEDDING = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+REWARDS = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Fine:  # looks its module up by name, as annotations are text
+    size: float = 0.5
+
+def half(actions, outputs, targets, metadata):
+    return Fine().size * (actions == targets[:, None, None])
+
+number = 5
+"""
+
+
+def make_task(**keys) -> Task:
+    """The task of the tiny config, with some flat keys `section__key` changed."""
+    overrides = {name.replace("__", "."): value for name, value in keys.items()}
+    return build.configure(("tiny.yaml", flatten(TINY, "")), ("test", overrides))[1]
+
+
+def training(**keys) -> SimpleNamespace:
+    """The section of the tiny config, with some keys changed."""
+    return SimpleNamespace(**make_task().config["training"] | keys)
+
+
+# --- Tasks, rewards, settings -----------------------------------------------------------------------------------------
+
+
+def test_a_task_is_configured_by_name():
+    """The last layer that names it counts; its first reward is the default; keys of the others may stand there."""
+    firsts = {
+        "classification": "classification_reward",
+        "segmentation": "mask_iou_credit",
+        "detection": "detection_reward",
+    }
+    for name, reward in firsts.items():
+        layers = ("file", {"task": "detection", "detection.box_std": 0.25}), ("command line", {"task": name})
+        config, task = build.configure(*layers)
+        assert type(task) is build.TASKS[name] and task.config is config
+        assert config["task"] == name and config["detection"]["box_std"] == 0.25
+        assert build.load_rewards(task) == {reward: (task.rewards[reward], 1.0)}
+    allowed = "is not allowed; expected classification | segmentation | detection | path/to/file.py[:ClassName]"
+    assert message(build.configure, ("file", {"task": "boxes"})) == f"task: 'boxes' {allowed}"
+    assert message(build.configure, ("file", {"task": 5})) == f"task: 5 {allowed}"
+
+
+@pytest.mark.parametrize(
+    "reward, expected",
+    [
+        ("nope.py:f", "nope.py cannot be loaded ([Errno 2] No such file or directory: "),
+        ("rewards.py:nope", "no function nope in rewards.py"),
+        ("rewards.py:number", "no function number in rewards.py"),
+        ("pixel_reward", "no function pixel_reward in classification_reward; your own is path/to/file.py:function"),
+        ("broken.py:f", "broken.py cannot be loaded (expected ':' (broken.py, line 1))"),
+        ("raising.py:f", "raising.py cannot be loaded (division by zero)"),
+        ("rewards.txt:f", "rewards.txt cannot be loaded (its name should end in .py)"),
+    ],
+)
+def test_rewards_that_cannot_be_loaded(tmp_path, monkeypatch, reward, expected):
+    """Missing file, missing function, syntax error, error: one line."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in {"rewards.py": REWARDS, "broken.py": "def f()\n", "raising.py": "1 / 0\n"}.items():
+        (tmp_path / name).write_text(text)
+    assert message(build.load_rewards, make_task(rollout__reward=reward)).startswith(f"rollout.reward: {expected}")
+
+
+def test_rewards_of_the_task_and_of_ones_own(tmp_path):
+    """By name, each with its weight."""
+    name = f"{tmp_path}/rewards.py:half"
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    rewards = build.load_rewards(make_task(rollout__reward={name: 3, "classification_reward": 0.5}))
+    half, weight = rewards.pop(name)
+    actions, targets = torch.tensor([[[0, 1]]]), torch.tensor([1])
+    assert weight == 3.0 and half(actions, None, targets, {}).tolist() == [[[0.0, 0.5]]]
+    assert rewards == {"classification_reward": (classification_reward, 0.5)}
+
+
+def test_settings_are_those_of_the_config():
+    """Every field; live groups are padded only where shapes are compiled."""
+    fields = {"clip_low": 0.1, "clip_high": 0.4, "update_epochs": 2, "kl_coef": 0.5, "entropy_coef": 0.25}
+    fields |= {"max_grad_norm": 2.0, "objective": "supervised"}
+    task = make_task(**{f"training__{name}": value for name, value in fields.items()})
+    own = {"supervised_loss": task.supervised_loss, "micro_batch_size": 8, "pad_to": 1}
+    assert vars(build.update_settings(task, 8)) == fields | own
+    settings = build.update_settings(make_task(model__compile=True, training__micro_batch_size=9), 16)
+    assert (settings.micro_batch_size, settings.pad_to) == (9, 2)
+    config = make_task(rollout__action="argmax", rollout__advantage="rloo").config
+    assert build.rollout_settings(config) == RolloutSettings(2, 4, "argmax", "rloo")
+
+
+def test_the_images_of_each_of_two_processes(monkeypatch):
+    """Equal parts, of whole micro-batches."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert build.images_per_rank(training()) == build.images_per_rank(training(micro_batch_size=4)) == 8
+    begin, end = "training.batch_size:", "does not fall into equal parts for 2 processes"
+    assert message(build.images_per_rank, training(batch_size=9)) == f"{begin} 9 {end}"
+    text = message(build.images_per_rank, training(micro_batch_size=3))
+    assert text == f"{begin} 16 {end} of whole micro-batches of 3"
+
+
+def test_device_and_precision(monkeypatch):
+    """A device that is not there is said in one line; each process of a host has its own GPU; float32 is the default on
+    a CPU."""
+    assert build.pick_device("cpu") == CPU
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert build.pick_device("auto").type == best
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    for name, tried in {"cuda": "cuda:99", "cuda:98": "cuda:98", "hpu": "hpu", "abacus": "abacus"}.items():
+        assert message(build.pick_device, name).startswith(f"training.device: {tried} is not available here (")
+    for dtype, expected in {"auto": None, "float32": None, "bfloat16": torch.bfloat16}.items():
+        assert build.build_model(make_task(training__dtype=dtype), 3, CPU).autocast_dtype == expected
+
+
+# --- Learning rate and parameter groups -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("warmup, steps, low", [(5, 30, 0.0), (2, 9, 1e-4), (10, 11, 1e-5)])
+def test_learning_rate_is_linear_warm_up_then_cosine(warmup, steps, low):
+    """Against torch's LinearLR followed by CosineAnnealingLR, at every step."""
+    section = training(warmup_steps=warmup, steps=steps, min_learning_rate=low)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
+    linear = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
+    cosine = CosineAnnealingLR(optimizer, T_max=steps - warmup, eta_min=low)
+    chain = SequentialLR(optimizer, [linear, cosine], milestones=[warmup])
+    for step in range(steps):
+        assert build.learning_rate(step, section) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        chain.step()
+    assert build.learning_rate(steps, section) == pytest.approx(low, abs=1e-12)
+
+
+@pytest.mark.parametrize("warmup, steps, rates", [(0, 2, [0.8, 0.4]), (4, 4, [0.2, 0.4, 0.6, 0.8]), (4, 2, [0.2, 0.4])])
+def test_learning_rate_at_the_borders(warmup, steps, rates):
+    """No warm-up starts at the top; nothing but warm-up, or a part of it, is linear."""
+    section = training(warmup_steps=warmup, steps=steps, learning_rate=0.8)
+    assert [build.learning_rate(step, section) for step in range(steps)] == pytest.approx(rates)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.6])
+def test_learning_rate_and_weight_decay_of_each_parameter(decay):
+    """Each is there once, with decay^(depth + 1 - layer) of the learning rate; weight matrices alone decay, not biases,
+    norms, class token and position embedding."""
+    model = build.build_model(make_task(model__depth=3), 3, CPU)
+    optimizer = build.build_optimizer(model, training(weight_decay=0.3, betas=[0.8, 0.9], layer_decay=decay))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = [(names[p], group) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(name for name, _ in found) == sorted(names.values()) and len(found) == 4 + 3 * 12 + 4
+    for name, group in found:
+        block = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 4  # of norm and head
+        layer = 0 if name in EMBEDDING else block
+        assert group["lr_scale"] == pytest.approx(decay ** (4 - layer), rel=1e-12), name
+        assert group["weight_decay"] == (0.3 if name.endswith(".weight") and "norm" not in name else 0.0), name
+        assert group["betas"] == (0.8, 0.9)
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_frozen_blocks_take_no_gradient(k):
+    """They have no place in the optimizer, and nothing is kept for their backward pass."""
+    model, needs_gradient = build.build_model(make_task(training__freeze_blocks=k, model__depth=3), 3, CPU), []
+    weights, blocks = dict(model.named_parameters()), tuple(f"blocks.{i}." for i in range(k))
+    frozen = {name for name in weights if k and (name in EMBEDDING or name.startswith(blocks))}
+    optimizer = build.build_optimizer(model, training())
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    assert held == {weight for name, weight in weights.items() if name not in frozen}
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, arguments, output: needs_gradient.append(output.requires_grad))
+    model(torch.rand(2, 3, 8, 8), model.sample_masks(2, 4)).sum().backward()
+    assert needs_gradient == [i >= k for i in range(3)]
+    assert {name for name, weight in weights.items() if weight.grad is None} == frozen
