@@ -62,7 +62,7 @@ def read_annotations(root: str) -> tuple[list[dict], dict[int, str]]:
                 raise bad(f"{section}[{i}]: its ids should be whole numbers")
     categories: dict[int, str] = {}
     for row in coco["categories"]:
-        if row["id"] in categories or row["name"] in categories.values():
+        if row["id"] in categories or str(row["name"]) in categories.values():
             raise bad(f"category {row['id']} ({row['name']}) is there twice")
         categories[row["id"]] = str(row["name"])
     images: dict[int, dict] = {}
@@ -70,7 +70,7 @@ def read_annotations(root: str) -> tuple[list[dict], dict[int, str]]:
         name = f"image {row['id']} ({row['file_name']})"
         if row["id"] in images:
             raise bad(f"{name} is there twice")
-        if not all(type(row[side]) is int and row[side] > 0 for side in ("width", "height")):
+        if not all(type(row[side]) is int and 0 < row[side] < 1e9 for side in ("width", "height")):
             raise bad(f"{name}: width and height should be whole numbers > 0")
         file = os.path.join(root, "images", str(row["file_name"]))
         if not os.path.isfile(file):
@@ -85,7 +85,7 @@ def read_annotations(root: str) -> tuple[list[dict], dict[int, str]]:
             raise bad(f"{name}: there is no image {row['image_id']}")
         if row["category_id"] not in categories:
             raise bad(f"{name}: there is no category {row['category_id']}")
-        numbers = isinstance(box, list) and all(type(x) in (int, float) and math.isfinite(x) for x in box)
+        numbers = isinstance(box, list) and all(type(x) in (int, float) and abs(x) < 1e9 for x in box)
         if not (numbers and len(box) == 4 and min(box[2:]) >= 0):
             raise bad(f"{name}: bbox {box} should be four finite numbers: x, y, width >= 0, height >= 0")
         x0, y0, x1, y1 = *box[:2], box[0] + box[2], box[1] + box[3]

@@ -140,7 +140,7 @@ def share_of(episode: Episode, batch_size: int | Tensor) -> float | Tensor:
     return episode.counted.sum().to(episode.log_probs.dtype) / batch_size.clamp(min=1)
 
 
-# --- Advantages -------------------------------------------------------------------------------------------------------
+# --- Advantages and rollout -------------------------------------------------------------------------------------------
 
 
 def live_groups(advantages: Tensor) -> Tensor:
@@ -174,9 +174,6 @@ def compute_advantages(rewards: Tensor, estimator: str) -> Tensor:
         raise ValueError(f"advantage {estimator!r} is none of grpo, rloo, maxrl")
     dead = rewards.amax((1, 2), keepdim=True) == rewards.amin((1, 2), keepdim=True)
     return torch.where(dead & advantages.isfinite(), 0.0, advantages)  # the mean of equal numbers may be off by an ulp
-
-
-# --- Rollout ----------------------------------------------------------------------------------------------------------
 
 
 def add(total: Tensor | None, term: Tensor) -> Tensor:

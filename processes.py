@@ -54,11 +54,12 @@ def agreed(stop: list[int], group: dist.ProcessGroup | None) -> int:
 
 
 def share_metrics(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`update_policy`'s metrics of this process's images -> of the whole batch. The loss is a sum already."""
+    """`update_policy`'s metrics of this process's images -> of the whole batch: the loss is a sum over the processes,
+    as its parts are divided by the whole batch's size; the others are means."""
     if not dist.is_initialized():
         return metrics
     world = dist.get_world_size()
-    same = ("loss", "grad_norm", "group_rewards", "reward/min")
+    same = ("grad_norm", "group_rewards", "reward/min")
     names = [name for name in metrics if name not in same]
     values = torch.stack([metrics[name].float() for name in names])
     groups = [torch.empty_like(metrics["group_rewards"]) for _ in range(world)]
@@ -66,7 +67,7 @@ def share_metrics(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     dist.all_reduce(values)
     dist.all_reduce(lowest, dist.ReduceOp.MIN)
     dist.all_gather(groups, metrics["group_rewards"].contiguous())
-    shared = dict(zip(names, values / world))
+    shared = {name: value if name == "loss" else value / world for name, value in zip(names, values)}
     return metrics | shared | {"reward/min": lowest, "group_rewards": torch.cat(groups)}
 
 

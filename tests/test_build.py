@@ -45,12 +45,8 @@ def training(**keys) -> SimpleNamespace:
 
 def test_a_task_is_configured_by_name():
     """The last layer that names it counts; its first reward is the default; keys of the others may stand there."""
-    firsts = {
-        "classification": "classification_reward",
-        "segmentation": "mask_iou_credit",
-        "detection": "detection_reward",
-    }
-    for name, reward in firsts.items():
+    firsts = zip(build.TASKS, ("classification_reward", "mask_iou_credit", "detection_reward"))
+    for name, reward in firsts:
         layers = ("file", {"task": "detection", "detection.box_std": 0.25}), ("command line", {"task": name})
         config, task = build.configure(*layers)
         assert type(task) is build.TASKS[name] and task.config is config
@@ -99,8 +95,8 @@ def test_settings_are_those_of_the_config():
     task = make_task(**{f"training__{name}": value for name, value in fields.items()})
     own = {"supervised_loss": task.supervised_loss, "micro_batch_size": 8, "pad_to": 1}
     assert vars(build.update_settings(task, 8)) == fields | own
-    settings = build.update_settings(make_task(model__compile=True, training__micro_batch_size=9), 16)
-    assert (settings.micro_batch_size, settings.pad_to) == (9, 2)
+    settings = build.update_settings(make_task(model__compile=True, training__micro_batch_size=12), 16)
+    assert (settings.micro_batch_size, settings.pad_to) == (12, 3)
     config = make_task(rollout__action="argmax", rollout__advantage="rloo").config
     assert build.rollout_settings(config) == RolloutSettings(2, 4, "argmax", "rloo")
 

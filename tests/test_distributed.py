@@ -1,5 +1,6 @@
 """Several processes (torchrun, gloo on the CPU) against one: the same weights, metrics and files."""
 
+import os
 import re
 import shutil
 import signal
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_folders, make_scenes
+from conftest import ROOT, load_script, make_folders, make_scenes
 
 import images
 import train
 from checkpoint import load_checkpoint
 
+kill_runs = load_script("tests/kill_runs.py")
 DOUBLE = """
 import images, sys, torch, train
 torch.set_default_dtype(torch.float64)
@@ -66,7 +68,8 @@ def difference(*names: str) -> float:
 
 
 def metrics(out: str) -> list[str]:
-    return [line for line in out.splitlines() if re.match(r"step \d+: ", line)]
+    """Those of the first step and of the evaluations."""
+    return re.findall(r"step 1/.* groups \S+|step \d+: .*", out)
 
 
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
@@ -78,8 +81,11 @@ def test_two_ranks_are_one_in_float64(capsys, task):
     arguments = DIGITS if task == "classification" else SCENES
     one, two = (run(capsys, ranks, *arguments, f"training.run_name=r{ranks}") for ranks in (1, 2))
     assert difference("r1", "r2") < 1e-9
-    assert metrics(one) == metrics(two) and len(metrics(one)) > 1
+    assert metrics(one) == metrics(two) and len(metrics(one)) > 2
     assert two.count("done: ckpt/r2/step_0000") == 1
+    pending = [load_checkpoint(next(Path("ckpt", name).glob("step_*[49].pt")))["rows"] for name in ("r1", "r2")]
+    losses = [[float(row["loss"]) for row in rows] for rows in pending]  # of the whole batch, on rank 0 too
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5, abs=1e-6)
     for first, then in [(1, 2), (2, 1)] if task == "classification" else []:
         Path(f"ckpt/part{first}").mkdir()
         shutil.copy(f"ckpt/r{first}/step_000009.pt", f"ckpt/part{first}/last.pt")
@@ -94,13 +100,13 @@ def test_bad_input_is_said_once():
     assert lines == ["train.py: training.batch_size: 9 does not fall into equal parts for 2 processes"]
 
 
-def test_sigterm_to_torchrun_stops_all_after_the_same_step():
-    """One of them saves, and says how to go on."""
+def test_sigterm_to_one_of_them_stops_all_after_the_same_step():
+    """The first saves, and says how to go on."""
     process = start(*DIGITS, "training.steps=2000", "training.save_interval=20", "training.run_name=a")
     end = time.monotonic() + 100
     while not Path("ckpt/a/last.pt").exists() and time.monotonic() < end:
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    os.kill(kill_runs.workers(process.pid)[1], signal.SIGTERM)
     out, err = process.communicate(timeout=100)
     step = load_checkpoint(Path("ckpt/a"))["step"]
     assert out.count("stopped after step") == 1 and 0 < step < 2000, err

@@ -174,15 +174,15 @@ def test_the_table_says_what_the_json_says(digits, capsys):
 def test_pictures(digits, tmp_path, capsys):
     """One per image, of the same name below the folder; a name that is taken is numbered; nothing is overwritten."""
     (tmp_path / "a" / "b").mkdir(parents=True)
-    for name in ("a/x.png", "a/b/x.png", "a/b/X.PNG", "x.png"):
+    for name in ("a/x.png", "a/b/x.png", "a/b/X.PNG", "X.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     Image.new("RGB", (3000, 600)).save(tmp_path / "a" / "wide.jpg")
-    images = as_json(capsys, digits, tmp_path / "a", tmp_path / "x.png", "--out", tmp_path / "out")["images"]
+    images = as_json(capsys, digits, tmp_path / "a", tmp_path / "X.png", "--out", tmp_path / "out")["images"]
     written = [os.path.relpath(image["picture"], tmp_path / "out") for image in images]
-    assert written == ["b/X.png", "b/x-2.png", "wide.png", "x.png", "x-2.png"]
+    assert written == ["b/X.png", "b/x-2.png", "wide.png", "x.png", "X-2.png"]
     sizes = [Image.open(image["picture"]).size for image in images]
     assert sizes[0][0] == 256 and sizes[0][1] > 256 and sizes[2][0] == 1024 and sizes[2][1] > 205
-    for taken in ("out", "x.png"):
+    for taken in ("out", "X.png"):
         text = refused(capsys, predict.main, digits, f"{tmp_path}/a", "--out", f"{tmp_path}/{taken}")
         assert text == f"{tmp_path}/{taken} exists: nothing is overwritten; name a new folder with --out"
 
