@@ -45,6 +45,12 @@ def load_task(name: str) -> type[Task]:
     required = ("open", "rewards", "metrics") if task.evaluation is Task.evaluation else ("open", "rewards")
     if missing := [member for member in required if getattr(task, member) == getattr(Task, member)]:
         raise InputError(f"task: {path}: {task.__name__} lacks {', '.join(missing)}; see vision_task.Task")
+    if not isinstance(task.rewards, dict):
+        raise InputError(f"task: {path}: {task.__name__}.rewards should map names to functions")
+    if wrong := [name for name, key in task.keys.items() if "." not in name or name in SCHEMA or type(key) is not Key]:
+        raise InputError(
+            f"task: {path}: {task.__name__}.keys: {wrong[0]} should be a new section.key, with a config.Key"
+        )
     return task
 
 
@@ -87,12 +93,12 @@ def sections(config: dict) -> tuple[SimpleNamespace, ...]:
 
 
 def rollout_settings(config: dict) -> RolloutSettings:
-    """How groups are made."""
+    """RolloutSettings of the config."""
     return RolloutSettings(**{name: config["rollout"][name] for name in RolloutSettings.__dataclass_fields__})
 
 
 def update_settings(task: Task, per_rank: int) -> UpdateSettings:
-    """How they are learned from. per_rank: images of a batch that this process has."""
+    """UpdateSettings of the config. per_rank: images of a batch that this process has."""
     training = task.config["training"]
     micro_batch_size = training["micro_batch_size"] or per_rank
     pad_to = max(micro_batch_size // 4, 1) if task.config["model"]["compile"] else 1
@@ -183,20 +189,21 @@ def open_run(args: argparse.Namespace) -> tuple[Task, Path, dict | None]:
     """The task with its config, the run's folder, and the checkpoint's state if the run goes on. The config is the
     file's, or the checkpoint's when a run goes on; the command line wins. Raises InputError."""
     overrides = "command line", dict(map(parse_override, args.overrides))
-    checkpoint = args.resume or args.evaluate
-    if checkpoint in (None, "auto"):
+    name = args.evaluate if args.resume is None else args.resume
+    if name == "":
+        raise InputError("--resume, --evaluate: the run's name is empty; expected ckpt/<run>")
+    run_dir = Path(name or "auto")
+    if name in (None, "auto"):  # this config's run
         config, task = configure((args.config, read_yaml(args.config)), overrides)
-        config["training"]["run_name"] = config["training"]["run_name"] or Path(args.config).stem
-        run_dir = Path(config["training"]["ckpt_dir"], config["training"]["run_name"])
-        checkpoint = run_dir if checkpoint == "auto" and (run_dir / "last.pt").exists() else None
-    if not checkpoint:
-        log_dir = Path(config["training"]["log_dir"], config["training"]["run_name"])
-        for used in () if args.resume else (run_dir, log_dir):
-            if used.is_dir() and any(used.iterdir()):
+        training = config["training"]
+        training["run_name"] = training["run_name"] or Path(args.config).stem
+        run_dir, log_dir = (Path(training[parent], training["run_name"]) for parent in ("ckpt_dir", "log_dir"))
+        for used in (run_dir, log_dir):
+            if name is None and used.is_dir() and any(used.iterdir()):
                 hint = "go on with --resume auto, delete it, or name a new run with training.run_name=NAME"
                 raise InputError(f"{used} exists: {hint}")
-        return task, run_dir, None
-    run_dir = Path(checkpoint)
+        if args.evaluate is None and not (run_dir / "last.pt").exists():
+            return task, run_dir, None
     state = load_checkpoint(run_dir)
     run_dir = run_dir if run_dir.is_dir() else run_dir.parent  # given a file of the run
     config, task = configure((str(run_dir), flatten(state["config"], str(run_dir))), overrides)

@@ -1,6 +1,7 @@
 """Our own checkpoints: written so that a crash at any moment loses nothing, read without running code."""
 
 import argparse
+import math
 import os
 import shutil
 from contextlib import suppress
@@ -25,7 +26,7 @@ def fsync_directory(directory: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """`target` becomes another name of `source` (a copy where the file system has no hard links), at one stroke."""
+    """`target` becomes another name of `source` (a copy where the file system has no hard links), atomically."""
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -109,7 +110,7 @@ class Progress:
     group. rows: `update_policy`'s metrics since the last log."""
 
     step: int = 0
-    best_metric: float = -1.0
+    best_metric: float = -math.inf
     live_share: float = 1.0
     dead_steps: int = 0
     rows: list[dict[str, Tensor]] = field(default_factory=list)

@@ -275,7 +275,7 @@ def load_user_file(path: str, key: str) -> ModuleType:
     """`load_file`, with an InputError that names the config's key for whatever the file raises."""
     try:
         return load_file(path)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{key}: {path} cannot be loaded ({one_line(error)})") from error
 
 

@@ -58,7 +58,7 @@ class TensorMiniBatch:
         return TensorMiniBatch(function(self.inputs), function(self.targets), metadata, counted)
 
     def pin_memory(self) -> "TensorMiniBatch":
-        """In page-locked memory, whence a copy to the GPU can overlap with work; DataLoader calls this."""
+        """In page-locked memory, from which a copy to the GPU can overlap with work; DataLoader calls this."""
         return self.map(Tensor.pin_memory)
 
     def to(self, device: torch.device | str) -> "TensorMiniBatch":

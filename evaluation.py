@@ -178,7 +178,7 @@ def evaluate(
     task, network, batches: Iterable[TensorMiniBatch], dataset: Dataset, group: dist.ProcessGroup | None = None
 ) -> Evaluation:
     """The task's `Evaluation` over all batches, on the network's device. network: see `Task.network`. group: where
-    several processes have every so many-th batch; rank 0's evaluation is of them all, those of the others are empty."""
+    several processes have every world-th batch; rank 0's evaluation is of them all, those of the others are empty."""
     config, evaluation, device = task.config, task.evaluation(dataset), next(network.parameters()).device
 
     def outputs() -> Iterator[tuple[TensorMiniBatch, Tensor, Tensor]]:

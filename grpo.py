@@ -100,7 +100,7 @@ class UpdateSettings:
         return self.objective == "grpo" and self.kl_coef == self.entropy_coef == 0
 
 
-# --- Elements that count: all that `counted` means, but for the zeros that `score` puts elsewhere ---------------------
+# --- Elements that count ----------------------------------------------------------------------------------------------
 
 
 def only_counted(values: Tensor, counted: Tensor | None) -> Tensor:
@@ -129,7 +129,7 @@ def mean_per_image(values: Tensor, counted: Tensor | None) -> Tensor:
 
 
 def size_of(batch: TensorMiniBatch) -> int | Tensor:
-    """What a mean over the batch divides by: its images, or the elements that count (a tensor, at no sync)."""
+    """What a mean over the batch divides by: its images, or (a tensor) its elements that count."""
     return len(batch) if batch.counted is None else batch.counted.sum()
 
 
@@ -157,7 +157,7 @@ def compute_advantages(rewards: Tensor, estimator: str) -> Tensor:
            (https://arxiv.org/abs/2602.02710). Needs rewards >= 0: a group with a negative one becomes NaN, which
            `update_policy` refuses on the device, without waiting for the GPU to look.
 
-    A group whose rewards are all equal gets exactly 0: that is told by max = min, since a small standard deviation
+    A group whose rewards are all equal gets exactly 0: which max = min detects, since a small standard deviation
     may be rounding. Raises ValueError for an unknown estimator.
     """
     mean = rewards.mean((1, 2), keepdim=True)
@@ -353,8 +353,8 @@ def sum_gradients(params: list[Tensor], loss: Tensor) -> Tensor:
 
 def optimizer_step(optimizer: torch.optim.Optimizer, max_grad_norm: float, loss: Tensor) -> Tensor:
     """Clip the gradients (summed over all processes), step unless loss or gradient are not finite, return the norm
-    before clipping. A fused optimizer is told on the device (`found_inf`, as torch.amp does it), at no sync: once bad
-    it stays where it is until the caller has read the norm. With another one a bad step raises FloatingPointError."""
+    before clipping. A fused optimizer is told on the device (`found_inf`, as torch.amp does it), without a sync: after
+    a bad step it changes nothing until the caller has read the norm. Another one raises FloatingPointError."""
     params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     for p in params:  # a batch without a live group has zero gradients, not none
         if p.grad is None:
@@ -392,8 +392,8 @@ def update_policy(
     """`update_epochs` optimizer steps on one batch of experience. Returns metrics, 0-dim tensors on the device, and
     `group_rewards`, the mean reward of each group, [batch_size].
 
-    episodes: the micro-batches' rollouts, best a generator: each is differentiated and let go before the next is made,
-        so that memory follows the micro-batch. Rollouts without a graph (`keep_graph=False`) are kept instead, and
+    episodes: the micro-batches' rollouts, preferably a generator: each is differentiated and let go before the next is
+        made, so that memory follows the micro-batch. Those without a graph (`keep_graph=False`) are kept instead, and
         their live images replayed under the stored masks and actions. Both ways give the same gradient.
     batch_size: `size_of` the whole batch (of all processes), dead groups included: the denominator of each mean.
     reference: the frozen model of the KL term, run under the same masks.
@@ -415,7 +415,7 @@ def update_policy(
                 policy = policy_adapter(model(part.inputs, part.masks))
                 backward(part, policy, action_log_prob(policy, part.actions))
 
-    optimizer.zero_grad(set_to_none=False)  # kept: gradients made anew between graphs would fragment the memory
+    optimizer.zero_grad(set_to_none=False)  # kept: gradients made again between graphs would fragment the memory
     for episode in episodes:
         with torch.no_grad():
             seen.append((len(episode), rollout_metrics(episode)))

@@ -251,7 +251,7 @@ def micro_batches(
 
 
 class Batches:
-    """Batches that can be gone through again and again: made anew by `make()` each time, or made once and kept."""
+    """Batches that can be gone through again and again: made again by `make()` each time, or made once and kept."""
 
     def __init__(self, make: Callable[[], Iterable[TensorMiniBatch]], keep: bool):
         self.make = lru_cache(lambda: list(make())) if keep else make
@@ -308,9 +308,8 @@ def mirror(x: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(chosen.view(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
 
 
-def prepare(images: Tensor, mean: list[float], std: list[float], augment: bool = False) -> Tensor:
-    """uint8 [B, C, H, W] -> float32, scaled to [0, 1], normalised by channel; with `augment` after `mirror`."""
-    images = mirror(images, draw_mirrored(images)) if augment else images
+def prepare(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
+    """uint8 [B, C, H, W] -> float32, scaled to [0, 1], normalised by channel."""
     return (images - per_channel(tuple(mean), images.device)).div_(per_channel(tuple(std), images.device))
 
 

@@ -18,7 +18,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def connect(device: torch.device) -> dist.ProcessGroup | None:
-    """Meet the other processes; returns a group for words between hosts, or None if there is one process alone."""
+    """Meet the other processes; returns a gloo group for messages between CPUs, None where one process is alone."""
     if rank_and_world()[1] == 1:
         return None
     store = meet()
@@ -98,6 +98,11 @@ def from_rank_zero(function: Callable[[], Any], group: dist.ProcessGroup | None)
     if group:
         dist.broadcast_object_list(answer, group=group)
     return answer[0]
+
+
+def same_everywhere(value: Any, group: dist.ProcessGroup | None) -> bool:
+    """Whether this process has the value that rank 0 has."""
+    return from_rank_zero(lambda: value, group) == value
 
 
 def catch_signals() -> list[int]:

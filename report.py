@@ -75,7 +75,7 @@ class Log:
 
 
 class Clock:
-    """Times steps: since the begin, and since the last `restart`, before which lie evaluations and checkpoints."""
+    """Times steps: since the begin, and since the last `restart`, which leaves out evaluations and checkpoints."""
 
     def __init__(self):
         self.begin, self.total_steps = time.perf_counter(), 0

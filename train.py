@@ -9,6 +9,7 @@ The story: config -> task -> data -> model -> (rollout -> reward -> update -> lo
 """
 
 import argparse
+import os
 import signal
 import sys
 from functools import partial
@@ -19,13 +20,13 @@ import torch.distributed as dist
 from torch.distributions import Distribution
 
 import build
+import processes
 from checkpoint import Progress, restore, save_checkpoint
 from config import describe_keys, one_line
 from data_types import InputError
 from evaluation import evaluate, metrics_line
 from grpo import rollout, size_of, update_policy
 from images import BadImages, Loading, epoch_order, fingerprint, micro_batches, stream_batches
-from processes import agreed, catch_signals, connect, from_rank_zero, rank_and_world, share_metrics, sum_over_processes
 from report import Clock, Console, Log, count_dead_steps, log_interval, read_rows
 
 REPLAY_BELOW = 0.6  # share of live groups below which a forward pass without a graph + a replay of the live is cheaper
@@ -45,7 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="DIR|auto",
         help="go on with the run of ckpt/<run> and its config; auto: this config's run, if it exists",
     )
-    mode.add_argument("--evaluate", metavar="DIR", help="print the metrics of ckpt/<run> (last.pt) or of a file in it")
+    mode.add_argument("--evaluate", metavar="DIR", help="print the metrics of ckpt/<run> (last.pt), or of a file in it")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override keys of the config")
     return parser.parse_intermixed_args(argv)
 
@@ -56,7 +57,7 @@ def train(args: argparse.Namespace) -> int:
     task, run_dir, state = build.open_run(args)
     data, _, training = build.sections(task.config)
     rewards, roll = build.load_rewards(task), build.rollout_settings(task.config)
-    per_rank, rank = build.images_per_rank(training), rank_and_world()[0]
+    per_rank, rank = build.images_per_rank(training), processes.rank_and_world()[0]
     settings = build.update_settings(task, per_rank)
 
     # Data and model. Each process checks them for itself; only then do the processes meet.
@@ -64,12 +65,16 @@ def train(args: argparse.Namespace) -> int:
     model, reference = build.open_model(task, len(train_set.classes), state, console)
     network, reference_network = task.network(model), task.network(reference) if reference else None
     device = next(model.parameters()).device
-    control = connect(device)
+    control = processes.connect(device)
 
     # What a run goes on from.
     optimizer = build.build_optimizer(model, training)
     progress = restore(state, optimizer, task.config) if state else Progress()
     trained_on = fingerprint(train_set)
+    if not processes.same_everywhere((progress.step, trained_on), control):
+        raise InputError(
+            f"after step {progress.step} on {trained_on}: rank 0 differs; share training.ckpt_dir and data"
+        )
     if state:
         console.line(f"{run_dir}: going on after step {progress.step}")
         if state.get("data", trained_on) != trained_on:
@@ -97,7 +102,7 @@ def train(args: argparse.Namespace) -> int:
     mirror = task.mirror if data.augment else None
 
     # Train: rollout -> reward -> update -> log -> evaluate -> save.
-    stop, clock = catch_signals(), Clock()
+    stop, clock = processes.catch_signals(), Clock()
     log = Log(Path(training.log_dir, training.run_name), progress.step + 1, task.config)
     for step in range(progress.step, training.steps):
         batch = clock.wait(partial(next, batches)).to(device)
@@ -105,7 +110,7 @@ def train(args: argparse.Namespace) -> int:
             group["lr"] = group["lr_scale"] * build.learning_rate(step, training)
         policy = partial(task.policy, progress=step / training.steps)
         keep = not settings.may_replay or progress.live_share >= REPLAY_BELOW
-        key, batch_size = (training.seed, step), sum_over_processes(size_of(batch))
+        key, batch_size = (training.seed, step), processes.sum_over_processes(size_of(batch))
         episodes = (
             rollout(network, part, rewards, policy, roll, key=(*key, place), keep_graph=keep)
             for place, part in micro_batches(batch, settings.micro_batch_size, key, mirror)
@@ -113,9 +118,9 @@ def train(args: argparse.Namespace) -> int:
         metrics = update_policy(
             network, optimizer, episodes, policy, settings, batch_size=batch_size, reference=reference_network
         )
-        progress.rows.append(share_metrics(metrics))
+        progress.rows.append(processes.share_metrics(metrics))
         progress.step = done = step + 1
-        stopping = agreed(stop, control)
+        stopping = processes.agreed(stop, control)
         log_due = done % training.log_interval == 0 or done in (1, training.steps)
         eval_due = eval_set is not None and (done % training.eval_interval == 0 or done == training.steps)
         save_due = done % training.save_interval == 0 or done == training.steps or stopping
@@ -131,7 +136,7 @@ def train(args: argparse.Namespace) -> int:
             progress.dead_steps = count_dead_steps(progress.dead_steps, values["groups/live"], console)
         if eval_due:
             evaluation = evaluate(task, network, eval_batches, eval_set, control)
-            eval_metrics = from_rank_zero(evaluation.metrics, control)
+            eval_metrics = processes.from_rank_zero(evaluation.metrics, control)
             log.scalars(eval_metrics, done)
             group_rewards = torch.cat([row["group_rewards"] for row in progress.rows])
             log.add("histogram", "groups/success_rate", group_rewards, done)
@@ -167,22 +172,24 @@ def evaluate_run(args: argparse.Namespace) -> int:
         raise InputError("data.eval_dir: null; --evaluate needs a folder of images")
     eval_set = build.open_eval_set(task, state["classes"], console)
     model, _ = build.open_model(task, len(eval_set.classes), state, console)
-    control = connect(next(model.parameters()).device)
+    control = processes.connect(next(model.parameters()).device)
     batches = build.open_eval_batches(eval_set, task, BadImages(len(eval_set), console.line), keep=False)
     evaluation = evaluate(task, task.network(model), batches, eval_set, control)
-    console.line(f"step {state['step']}: {metrics_line(from_rank_zero(evaluation.metrics, control))}")
+    console.line(f"step {state['step']}: {metrics_line(processes.from_rank_zero(evaluation.metrics, control))}")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, 2 for bad input, 130 or 143 after Ctrl-C or SIGTERM."""
+    """The command line; returns the exit status: 0, 2 for bad input, 1 where another process is gone, 130 or 143 after
+    Ctrl-C or SIGTERM."""
     try:
         args = parse(argv)
-        return evaluate_run(args) if args.evaluate else train(args)
+        return train(args) if args.evaluate is None else evaluate_run(args)
     except (InputError, OSError) as error:  # OSError: the disk under the TensorBoard events, say
-        rank = rank_and_world()[0]
+        rank = processes.rank_and_world()[0]
         who = f"train.py, rank {rank}: " if rank else "train.py: "
-        if not rank or dist.is_initialized():  # before they meet all processes find the same
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        if first or dist.is_initialized():  # before they meet all processes of a host find the same
             print(f"\n{who}{error}" if sys.stdout.isatty() else f"{who}{error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:

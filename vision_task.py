@@ -85,7 +85,7 @@ class Task:
 
     def best_metric(self, metrics: dict[str, float]) -> float:
         """The metric by which best.pt is chosen. Raises InputError if there is none of its name."""
-        name = self.best or next(iter(metrics))
+        name = self.best or next(iter(metrics), None)
         if name not in metrics:
             raise InputError(f"task: the best checkpoint is chosen by {name}, which is none of {', '.join(metrics)}")
         return metrics[name]

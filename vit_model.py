@@ -91,7 +91,7 @@ class VisionTransformer(nn.Module):
     dense: the head reads each patch token (for masks and boxes) instead of the class token.
     dropout: probability of a zero in a mask. dropout_blocks: k puts dropout in the last k encoder blocks only, None
     everywhere (after the position embedding too).
-    activation_checkpointing: keep of each block its input alone, and compute the rest anew in the backward pass.
+    activation_checkpointing: keep of each block its input alone, and compute the rest again in the backward pass.
     autocast_dtype: torch.bfloat16 runs the forward pass under autocast (weights stay as they are), None does not.
     Raises ValueError where sizes do not fit together.
     """

@@ -1,7 +1,8 @@
-"""A task of one's own in one file: images that have any number of tags, each tag a yes or a no.
+r"""A task of one's own in one file: images that have any number of tags, each tag a yes or a no.
 
-    uv run train.py task=examples/multilabel_task.py data.train_dir=photos/train data.eval_dir=photos/eval …
-    uv run predict.py ckpt/config photos/new
+    uv run train.py task=examples/multilabel_task.py data.train_dir=photos/train data.eval_dir=photos/eval \
+        training.run_name=tags
+    uv run predict.py ckpt/tags photos/new
 
 A folder holds the images, at any depth, and `labels.csv`: the header `file,<tag>,<tag>,…`, then a line for each image
 with its path below the folder and a 0 or a 1 for each tag. An action is a set of tags: E… is [K], K the number of tags.

@@ -5,6 +5,7 @@ import csv
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,37 +26,7 @@ from vision_task import Classification, Task
 
 EXAMPLE = str(ROOT / "examples" / "multilabel_task.py")
 TAGS = {"even": lambda k: k % 2 == 0, "above four": lambda k: k > 4, "has a loop": lambda k: k in (0, 6, 8, 9)}
-BRIGHT = '''
-"""Whether an image is bright: a task with a reward, a data set and a key of its own."""
-from dataclasses import dataclass
-
-from config import Key
-from evaluation import classification_metrics
-from images import ImageDataset, find_images
-from vision_task import Classification, Task, classification_reward
-
-@dataclass
-class Limit:  # dataclasses look for their module
-    value: float
-
-class Brightness(ImageDataset):
-    def __init__(self, root, image_size, limit):
-        self.root, self.image_size, self.classes, self.limit = root, image_size, ["dark", "bright"], Limit(limit)
-        self.paths = find_images(root)
-        means = [super(Brightness, self).__getitem__(i).float().mean() / 255 for i in range(len(self))]
-        import torch
-        self.targets = (torch.stack(means) > limit).long()
-
-class Bright(Task):
-    keys = {"bright.limit": Key(0.3, float, "mean brightness above which an image is bright")}
-    rewards = {"classification_reward": classification_reward}
-
-    def open(self, root, classes=None):
-        return Brightness(root, self.config["model"]["image_size"], self.config["bright"]["limit"])
-
-    def metrics(self, probs, targets):
-        return classification_metrics(probs, targets)
-'''
+BRIGHT = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "task.md").read_text(encoding="utf-8"), re.S).group(1)
 
 
 @pytest.fixture
@@ -204,6 +175,14 @@ def test_a_file_that_has_moved_is_named_anew(folder, capsys):
         ("t.py", BRIGHT + "class Other(Bright): pass\n", "t.py should define one Task, or be named as t.py:ClassName"),
         ("t.py:Nobody", BRIGHT, "t.py should define a Task Nobody; it defines Bright"),
         ("t.py", "from vision_task import Task\nclass Mine(Task): pass", "t.py: Mine lacks open, rewards, metrics"),
+        ("t.py", BRIGHT + "    rewards = [len]\n", "t.py: Bright.rewards should map names to functions"),
+        (
+            "t.py",
+            BRIGHT + "    keys = {'limit': Key(1.0, float, '')}\n",
+            "Bright.keys: limit should be a new section.key",
+        ),
+        ("t.py", BRIGHT + "    keys = {'training.steps': Key(1, int, '')}\n", "keys: training.steps should be a new"),
+        ("t.py", "import sys; sys.exit(0)", "t.py cannot be loaded (0)"),
         ("u.py", None, "u.py cannot be loaded (No such file or directory"),
         ("detecton", None, "'detecton' is not allowed; expected classification | segmentation | detection | path/to"),
         ("t.txt", "x", "'t.txt' is not allowed"),
@@ -218,8 +197,10 @@ def test_a_file_that_holds_no_task_is_one_line(folder, capsys, name, text, told)
 
 
 def test_tasks_are_found_by_class_name_and_imported_ones_do_not_count(folder):
-    """A file of several tasks; `Classification`, which it imports, is none of them."""
-    Path("two.py").write_text(BRIGHT + "class Other(Bright): best = 'eval/nll'\n")
+    """A file of several tasks; `Classification`, which it imports, is none of them. Dataclasses find their module."""
+    limit = "from dataclasses import dataclass\n@dataclass\nclass Limit:\n    value: 'float'\n"
+    imported = "from vision_task import Classification\n"
+    Path("two.py").write_text(f"{BRIGHT}{imported}{limit}class Other(Bright): best = 'eval/nll'\n")
     assert load_task("bright.py").__name__ == "Bright" and load_task("classification") is Classification
     assert load_task("two.py:Other").best == "eval/nll" and issubclass(load_task("two.py:Other"), Task)
     assert load_task("two.py:Other") is load_task(str(folder / "two.py:Other"))  # executed once

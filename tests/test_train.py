@@ -26,7 +26,7 @@ from checkpoint import load_checkpoint
 from config import SCHEMA, flatten
 from grpo import keyed_rng, rollout
 from images import prepare
-from vision_task import Task, VisionClassificationDataset, classification_reward
+from vision_task import Classification, Task, VisionClassificationDataset, classification_reward
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -272,6 +272,28 @@ def test_best_is_the_first_of_the_best_evaluations():
     assert ckpt()["best_metric"] == pytest.approx(accuracy[step])
 
 
+def test_a_metric_below_zero_has_a_best_checkpoint_too(monkeypatch):
+    monkeypatch.setattr(Classification, "metrics", lambda self, probs, targets: {"accuracy": -7.0})
+    assert run("training.steps=3", "training.eval_interval=1") == 0
+    assert ckpt("tiny/best.pt")["step"] == 1 and ckpt()["best_metric"] == -7
+
+
+def test_each_host_says_what_is_wrong_there(capsys, monkeypatch):
+    """Of the processes of a host the first speaks, before they meet: another host may lack the data."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank, local, said in (("2", "0", ["train.py, rank 2: none: no such folder; "]), ("3", "1", [])):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local)
+        assert run("data.train_dir=none") == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == len(said) and all(map(str.startswith, lines, said))
+
+
+def test_processes_that_go_on_from_different_steps_are_refused(capsys, monkeypatch):
+    monkeypatch.setattr(train.processes, "from_rank_zero", lambda function, group: (5, "other images"))
+    assert refusal(capsys).startswith("after step 0 on 24 images (")
+
+
 def test_without_an_eval_folder_it_trains_and_says_so(capsys):
     """No evaluation, no best.pt, all the rest."""
     assert run("data.eval_dir=nowhere") == 0
@@ -425,6 +447,9 @@ def test_a_run_can_be_moved_and_resumed_from_one_of_its_files():
         (["--resume", "auto", "training.kl_coef=0.1"], "training.kl_coef: this run keeps no reference; "),
         (["--resume", "auto", "training.freeze_blocks=2"], "ckpt/tiny: its optimizer does not fit training."),
         (["--resume", "auto", "training.layer_decay=0.7"], "ckpt/tiny: its optimizer does not fit training."),
+        (["--resume", ""], "--resume, --evaluate: the run's name is empty; expected ckpt/<run>"),
+        (["--evaluate", ""], "--resume, --evaluate: the run's name is empty; expected ckpt/<run>"),
+        (["--evaluate", "auto", "training.run_name=none"], "ckpt/none: no such file"),
         (["--evaluate", "ckpt/none"], "ckpt/none: no such file"),
         (["--evaluate", "ckpt/tiny", "data.eval_dir=null"], "data.eval_dir: null; --evaluate needs a folder of images"),
     ],

@@ -165,10 +165,10 @@ def plain_step(s: Setup, inputs: Tensor, masks: dict[str, Tensor] | None) -> Non
 def prepared(s: Setup, step: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Inputs and masks as `grpo_step` meets them at `step`, in one micro-batch."""
     data, roll, training = build.sections(s.task.config)
-    with keyed_rng(training.seed, step, "flips", 0):
-        inputs = prepare(s.batch.inputs, data.mean, data.std, data.augment)
+    mirror = s.task.mirror if data.augment else None
+    _, part = next(micro_batches(s.batch, len(s.batch), (training.seed, step), mirror))
     with keyed_rng(training.seed, step, "masks", 0):
-        return inputs, s.model.sample_masks(len(inputs), roll.num_mc_samples)
+        return prepare(part.inputs, data.mean, data.std), s.model.sample_masks(len(part), roll.num_mc_samples)
 
 
 def keep_freed_memory() -> None:
