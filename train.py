@@ -72,9 +72,7 @@ def train(args: argparse.Namespace) -> int:
     progress = restore(state, optimizer, task.config) if state else Progress()
     trained_on = fingerprint(train_set)
     if not processes.same_everywhere((progress.step, trained_on), control):
-        raise InputError(
-            f"after step {progress.step} on {trained_on}: rank 0 differs; share training.ckpt_dir and data"
-        )
+        raise InputError(f"step {progress.step}, {trained_on}: rank 0 differs; share training.ckpt_dir and data")
     if state:
         console.line(f"{run_dir}: going on after step {progress.step}")
         if state.get("data", trained_on) != trained_on:
@@ -109,10 +107,10 @@ def train(args: argparse.Namespace) -> int:
         for group in optimizer.param_groups:
             group["lr"] = group["lr_scale"] * build.learning_rate(step, training)
         policy = partial(task.policy, progress=step / training.steps)
-        keep = not settings.may_replay or progress.live_share >= REPLAY_BELOW
+        keep_graph = not settings.may_replay or progress.live_share >= REPLAY_BELOW  # else a second pass of the live
         key, batch_size = (training.seed, step), processes.sum_over_processes(size_of(batch))
         episodes = (
-            rollout(network, part, rewards, policy, roll, key=(*key, place), keep_graph=keep)
+            rollout(network, part, rewards, policy, roll, key=(*key, place), keep_graph=keep_graph)
             for place, part in micro_batches(batch, settings.micro_batch_size, key, mirror)
         )
         metrics = update_policy(
@@ -133,7 +131,8 @@ def train(args: argparse.Namespace) -> int:
         if log_due:
             extra = {"learning_rate": build.learning_rate(step, training), "data/bad_images": len(bad_images.seen)}
             progress.live_share = log_interval(log, console, clock, values, extra | {"step": done})
-            progress.dead_steps = count_dead_steps(progress.dead_steps, values["groups/live"], console)
+            if training.objective == "grpo":
+                progress.dead_steps = count_dead_steps(progress.dead_steps, values["groups/live"], console)
         if eval_due:
             evaluation = evaluate(task, network, eval_batches, eval_set, control)
             eval_metrics = processes.from_rank_zero(evaluation.metrics, control)
@@ -151,8 +150,8 @@ def train(args: argparse.Namespace) -> int:
             log.flush()
             about = {"config": task.config, "classes": train_set.classes, "data": trained_on}
             parts = {"model": model, "optimizer": optimizer} | ({"reference": reference} if reference else {})
-            state = vars(progress) | about | {name: part.state_dict() for name, part in parts.items()}
-            path = save_checkpoint(state, run_dir, best=is_best, keep=training.keep_checkpoints)
+            saved = vars(progress) | about | {name: part.state_dict() for name, part in parts.items()}
+            path = save_checkpoint(saved, run_dir, best=is_best, keep=training.keep_checkpoints)
         clock.restart()
         if stopping:
             break

@@ -291,7 +291,14 @@ def test_each_host_says_what_is_wrong_there(capsys, monkeypatch):
 
 def test_processes_that_go_on_from_different_steps_are_refused(capsys, monkeypatch):
     monkeypatch.setattr(train.processes, "from_rank_zero", lambda function, group: (5, "other images"))
-    assert refusal(capsys).startswith("after step 0 on 24 images (")
+    assert refusal(capsys).startswith("step 0, 24 images (")
+
+
+@pytest.mark.parametrize("objective, times", [("grpo", 1), ("supervised", 0)])
+def test_dead_groups_are_a_warning_where_rewards_teach(capsys, monkeypatch, objective, times):
+    monkeypatch.setattr("report.WARN_DEAD_STEPS", 4)
+    assert run("rollout.reward=rewards.py:one", f"training.objective={objective}") == 0
+    assert capsys.readouterr().out.count("warning: no live group in 4 steps") == times
 
 
 def test_without_an_eval_folder_it_trains_and_says_so(capsys):
