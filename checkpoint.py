@@ -131,7 +131,7 @@ def restore(state: dict[str, Any], optimizer: torch.optim.Optimizer, config: dic
         ) from None
     for group, own in zip(optimizer.param_groups, kept):
         group |= own
-    state = {"best_metric": state.get("best_figure", state.get("best_accuracy"))} | state  # as older ones call it
+    state = {"best_metric": state.get("best_figure", state.get("best_accuracy", -math.inf))} | state  # older names
     progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
     device = optimizer.param_groups[0]["params"][0].device
     progress.rows = [{name: value.to(device) for name, value in row.items()} for row in progress.rows]

@@ -58,7 +58,7 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[Callable, Task, list[str]
     @torch.no_grad()
     def outputs(images: Tensor, passes: bool = True) -> Tensor:
         # always of --batch-size images, the last one repeated: products of matrices of another shape are rounded
-        # otherwise, and an image's figures would depend on how many come with it
+        # otherwise, and an image's probabilities would depend on how many come with it
         filled = images[torch.arange(args.batch_size).clamp(max=len(images) - 1)]
         return network(filled.to(device), masks if passes else None)[: len(images)]
 
@@ -152,7 +152,7 @@ def predict(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace) -> int:
     """Metrics of a folder in the task's format; returns the exit status."""
     if args.out:
-        load_pyplot()  # its absence is said now, not after an hour
+        load_pyplot()  # raises now, not after an hour, where matplotlib is missing
     network, task, classes = open_checkpoint(args)
     data = task.config["data"]
     dataset = task.open(args.evaluate, classes)

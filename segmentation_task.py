@@ -209,8 +209,8 @@ def segmentation_metrics(confusion: Tensor, classes: list[str]) -> dict[str, flo
     hits = confusion.diagonal().double()
     union = confusion.sum(0) + confusion.sum(1) - hits
     iou = (hits / union)[union > 0]
-    figures = {"mean_iou": float(iou.mean()), "pixel_accuracy": float(hits.sum() / confusion.sum())}
-    return figures | {f"iou/{classes[i]}": float(hits[i] / union[i]) for i in (union > 0).nonzero().flatten().tolist()}
+    metrics = {"mean_iou": float(iou.mean()), "pixel_accuracy": float(hits.sum() / confusion.sum())}
+    return metrics | {f"iou/{classes[i]}": float(hits[i] / union[i]) for i in (union > 0).nonzero().flatten().tolist()}
 
 
 def overlay(image: Tensor, mask: Tensor) -> Tensor:
