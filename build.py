@@ -215,7 +215,14 @@ def open_eval_set(task: Task, classes: list[str], console: Console) -> ImageData
     """The evaluation's data set, whose classes are those of the training folder. Raises InputError."""
     eval_set = task.open(task.config["data"]["eval_dir"], classes)
     console.line(f"{task.config['data']['eval_dir']}: {len(eval_set)} images")
+    say_notes(eval_set, console)
     return eval_set
+
+
+def say_notes(dataset: ImageDataset, console: Console) -> None:
+    """Whatever else is to be known of a folder before the run begins."""
+    for note in dataset.notes:
+        console.line(f"note: {dataset.root}: {note}")
 
 
 def open_eval_batches(
@@ -238,7 +245,9 @@ def open_data(task: Task, state: dict | None, console: Console) -> tuple[ImageDa
     data = sections(task.config)[0]
     train_set = task.open(data.train_dir, state["classes"] if state else None)
     wanted, found = task.config["model"]["num_classes"], len(train_set.classes)
-    console.line(f"{data.train_dir}: {len(train_set)} images of {found} classes")
+    shown = ", ".join(f"{i} {name}" for i, name in enumerate(train_set.classes[:20])) + ", …" * (found > 20)
+    console.line(f"{data.train_dir}: {len(train_set)} images of {found} classes (id name): {shown}")
+    say_notes(train_set, console)
     eval_set = None
     if data.eval_dir and Path(data.eval_dir).exists():
         eval_set = open_eval_set(task, train_set.classes, console)

@@ -1,4 +1,4 @@
-"""Images, for every task: found, decoded, resized, streamed in batches, mirrored, normalised."""
+"""Images, for every task: decoded, resized, streamed in batches, mirrored, normalised."""
 
 import atexit
 import hashlib
@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -22,23 +22,6 @@ from config import load_file, one_line
 from data_types import InputError, TensorMiniBatch
 from grpo import keyed_rng
 from processes import rank_and_world
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
-
-
-def find_images(root: str) -> list[str]:
-    """All image files at any depth below `root`, sorted; links are followed, hidden files and folders are not."""
-    found, visited = [], set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:  # a link in a circle
-            subfolders.clear()
-            continue
-        visited.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        images = [name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
-        found += [os.path.join(folder, name) for name in images]
-    return sorted(found)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -67,22 +50,13 @@ def decode_image(path: str, image_size: int) -> Tensor:
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()  # [h, w, 3] -> [3, h, w]
 
 
-def upright_size(path: str) -> tuple[int, int]:
-    """Width and height of the image file as `decode_image` turns it, from its header."""
-    with Image.open(path) as image:
-        if image.format == "TIFF":  # Pillow turns these by itself, some versions on opening, others on loading
-            image.load()
-            return image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        return image.size[::-1] if turned else image.size
-
-
 class ImageDataset(Dataset):
     """Image files and what is known about them: what every task's `open` returns. A subclass sets root, the folder;
     image_size, of the input; paths, the n files; classes, the K names by id; and `targets` [n, E…], or it has a `batch`
-    of its own."""
+    of its own. notes: what the run says of the folder before it begins, one a line."""
 
     channels = 3  # of an item
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)

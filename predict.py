@@ -27,8 +27,9 @@ from checkpoint import load_checkpoint
 from config import flatten
 from data_types import InputError, printable
 from evaluation import load_pyplot, metrics_line, to_picture
+from folders import SUFFIXES, find_images
 from grpo import keyed_rng
-from images import SUFFIXES, Loading, decode_image, find_images, ordered_batches, to_rgb
+from images import Loading, decode_image, ordered_batches, to_rgb
 from vision_task import Task
 
 

@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 
 from data_types import Credit, InputError, TensorMiniBatch
 from evaluation import DenseEvaluation, confusion_matrix, draw_confusion, predictive_entropy, to_picture, to_tensor
-from images import ImageDataset, decode_image, draw_mirrored, find_images, mirror, upright_size
+from folders import find_images, upright_size
+from images import ImageDataset, decode_image, draw_mirrored, mirror
 from vision_task import Task
 
 IGNORED = 255

@@ -20,8 +20,9 @@ from evaluation import (
     mutual_information,
     predictive_entropy,
 )
+from folders import SUFFIXES, find_images
 from grpo import Reward, classification_policy_adapter, nll
-from images import SUFFIXES, ImageDataset, Prepared, draw_mirrored, find_images, mirror
+from images import ImageDataset, Prepared, draw_mirrored, mirror
 
 
 class Task:

@@ -20,7 +20,8 @@ from checkpoint import load_checkpoint
 from config import read_yaml
 from data_types import InputError
 from detection_task import DetectionDataset
-from images import decode_image, upright_size
+from folders import upright_size
+from images import decode_image
 from pretrained import load_weights
 from segmentation_task import decode_mask
 from vit_model import VisionTransformer

@@ -21,39 +21,12 @@ from torch.utils.data import get_worker_info
 
 import images
 from data_types import InputError
-from images import ImageDataset, Loading, decode_image, find_images, ordered_batches, prepare, stream_batches
+from folders import upright_size
+from images import ImageDataset, Loading, decode_image, ordered_batches, prepare, stream_batches
 from vit_model import VisionTransformer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # two workers on one core
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
-
-
-def touch(path) -> str:
-    """An empty file, its folders made where they are missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    return str(path)
-
-
-def test_find_images_at_any_depth_with_any_case_of_suffix(tmp_path):
-    """Also in a folder that is named like an image; nothing else is found, and nothing hidden."""
-    names = [f"x.{s}" for s in ("png", "jpg", "jpeg", "bmp", "webp", "tif", "tiff", "gif")]
-    names += [f"deep/er/{name.upper()}" for name in names] + ["deep/x.JpEg", "folder.png/z.png"]
-    expected = sorted(touch(tmp_path / name) for name in names)
-    for name in ("notes.txt", "png", "a.png.txt", "b.npy", ".a.png", ".hid/c.png", "deep/.hid/d.png", "deep/.e.JPG"):
-        touch(tmp_path / name)
-    (tmp_path / "empty.jpg").mkdir()
-    assert find_images(str(tmp_path)) == expected and len(expected) == 18
-
-
-def test_find_images_follows_links_but_not_in_circles(tmp_path):
-    """A link in a circle adds nothing; linked files and folders count, a folder of many names once, under the first."""
-    own = touch(tmp_path / "class" / "own.png")
-    touch(tmp_path / "elsewhere" / "far.png")
-    for name, to in (("loop", "../class"), ("b", "../elsewhere"), ("a", "../elsewhere"), ("linked.png", own)):
-        (tmp_path / "class" / name).symlink_to(to)
-    found = [os.path.relpath(path, tmp_path / "class") for path in find_images(str(tmp_path / "class"))]
-    assert found == ["a/far.png", "linked.png", "own.png"]
 
 
 def noise(height: int = 8, width: int = 8) -> np.ndarray:
@@ -137,7 +110,7 @@ def test_exif_orientation(tmp_path, orientation, suffix):
     stored.save(tmp_path / f"x.{suffix}", exif=exif, **options.get(suffix, {}))
     image.save(tmp_path / "upright.png")
     upright, as_stored = decoded(tmp_path / "upright.png", size), np.asarray(stored.resize((size, size))).astype(int)
-    assert images.upright_size(str(tmp_path / f"x.{suffix}")) == image.size
+    assert upright_size(str(tmp_path / f"x.{suffix}")) == image.size
     assert np.abs(decoded(tmp_path / f"x.{suffix}", size) - upright).mean() <= tolerance
     assert orientation == 1 or np.abs(as_stored - upright).mean() > 10
 

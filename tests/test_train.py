@@ -249,7 +249,7 @@ def test_the_console_tells_what_was_found_and_how_it_goes(capsys):
     assert run() == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:4] == [
-        "train: 24 images of 3 classes",
+        "train: 24 images of 3 classes (id name): 0 0, 1 1, 2 4",
         "eval: 12 images",
         "data.cache: auto: 0 MB of decoded images, kept in memory after the first epoch",
         f"{sum(p.numel() for p in ckpt()['model'].values()) / 1e6:.2f} M parameters on cpu, float32",

@@ -7,6 +7,7 @@ from PIL import Image
 from torch.distributions import Bernoulli, Categorical
 
 from data_types import TensorMiniBatch
+from folders import SUFFIXES
 from grpo import keyed_rng
 from images import ordered_batches
 from vision_task import Classification, Task, VisionClassificationDataset, classification_reward
@@ -39,7 +40,7 @@ def test_class_ids_are_the_sorted_subdirectories_of_the_training_folder(tmp_path
 
 def test_folder_errors_are_one_line_naming_the_folder(tmp_path):
     hint = "it should hold one subdirectory of images per class"
-    suffixes = ".png .jpg .jpeg .bmp .webp .tif .tiff .gif"
+    suffixes = " ".join(SUFFIXES)
     train = make(tmp_path / "train", "ant/1.png", "bee/notes.txt")
     evaluation, one = make(tmp_path / "eval", "ant/notes.txt"), make(tmp_path / "one", "ant/1.png")
     for root, classes, expected in (

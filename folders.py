@@ -1,0 +1,97 @@
+"""What folders hold, known before the first step: image files, their sizes, and whatever is wrong, in one list."""
+
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from PIL import ExifTags, Image, features
+
+from config import one_line
+from data_types import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+SUFFIXES += (".avif",) if features.check("avif") else ()
+NOT_READ = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".jpe", ".svg", ".eps", ".pdf", ".psd", ".ico", ".tga"}
+NOT_READ |= {".dcm", ".nii", ".exr", ".hdr", ".npy", ".npz", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".dng"}  # cameras'
+NOT_READ -= set(SUFFIXES)
+SYSTEM = {"@eadir", "__macosx", "$recycle.bin", "system volume information", "lost+found", "#recycle", "@recycle"}
+MOST_LINES = 10  # of one message
+OrientationTag, WidthTag, HeightTag = ExifTags.Base.Orientation, ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength
+
+
+def is_visible(name: str) -> bool:
+    """Whether a file or folder of this name is the user's: not hidden, not one that systems and archives leave."""
+    return not name.startswith(".") and name.lower() not in SYSTEM
+
+
+def same_name(name: str) -> str:
+    """`name` with its accents composed: macOS decomposes them, and the two look alike."""
+    return unicodedata.normalize("NFC", name)
+
+
+def find_images(root: str, not_read: Counter | None = None) -> list[str]:
+    """All image files at any depth below `root`, sorted; links are followed, hidden and system folders are not.
+    not_read: counts, by suffix, the files that look like images of other formats. Raises InputError for a folder that
+    cannot be opened."""
+    found, visited = [], set()
+
+    def refuse_folder(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be opened ({error.strerror}); change its permissions or move it")
+
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=refuse_folder):
+        real = os.path.realpath(folder)
+        if real in visited:  # a link in a circle
+            subfolders.clear()
+            continue
+        visited.add(real)
+        subfolders[:] = sorted(filter(is_visible, subfolders))
+        for name in files:
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(SUFFIXES):
+                found.append(os.path.join(folder, name))
+            elif not_read is not None and (suffix := os.path.splitext(name)[1].lower()) in NOT_READ:
+                not_read[suffix] += 1
+    return sorted(found)
+
+
+def not_read_note(not_read: Counter) -> list[str]:
+    """What `find_images` counted, as lines to be said: one or none."""
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(not_read.items()))
+    return [f"not read: {kinds} (the formats that are: {' '.join(SUFFIXES)})"] if kinds else []
+
+
+def upright_size(path: str) -> tuple[int, int]:
+    """Width and height of the image file as `images.decode_image` turns it, from its header. Raises InputError."""
+    try:
+        with Image.open(path) as image:
+            if image.format == "TIFF":  # Pillow turns these by itself, some versions on opening, others on loading
+                size, turn = (image.tag_v2[WidthTag], image.tag_v2[HeightTag]), image.tag_v2.get(OrientationTag, 1)
+            else:
+                size, turn = image.size, image.getexif().get(OrientationTag, 1)
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+        raise InputError(f"{path}: not a readable image ({one_line(error)}); repair or remove it") from error
+    return size[::-1] if turn in (5, 6, 7, 8) else size
+
+
+def upright_sizes(paths: Iterable[str]) -> list[tuple[int, int] | InputError]:
+    """`upright_size` of each file, or what is wrong with it."""
+
+    def read(path: str) -> tuple[int, int] | InputError:
+        try:
+            return upright_size(path)
+        except InputError as error:
+            return error
+
+    with ThreadPoolExecutor(8) as threads:  # a disk over the network takes its time to answer
+        return list(threads.map(read, paths, chunksize=64))
+
+
+def refuse(findings: list[str]) -> None:
+    """Raises InputError with all findings, one a line and at most ten lines, if there are any."""
+    if len(findings) > MOST_LINES:
+        findings = [*findings[: MOST_LINES - 1], f"… and {len(findings) - MOST_LINES + 1} more like these"]
+    if findings:
+        raise InputError(*findings)
