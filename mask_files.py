@@ -133,6 +133,8 @@ def read_classes(root: str, classes: list[str] | None = None) -> tuple[list[str]
         name = plain(line)
         if match := re.fullmatch(r"(.*[^\s,:;])[\s,:;]*#([0-9a-fA-F]{6})", name):
             rows.append((match[1], match[2].lower()))
+        elif re.match("#[0-9a-fA-F]{6}", name):
+            raise InputError(f"{path}: {name}: a colour comes after its class's name: name #rrggbb")
         elif name and not name.startswith("# ") and name != "__ignore__":  # a comment; LabelMe's word for 255
             rows.append((name, None))
     ignored = [row for row in rows if row[1] and re.fullmatch(r"(255\W+)?(ignored?|__ignore__)", row[0], re.IGNORECASE)]
@@ -143,6 +145,10 @@ def read_classes(root: str, classes: list[str] | None = None) -> tuple[list[str]
         by_number.pop(IGNORED, None)
         if set(by_number) == set(range(len(by_number))):
             rows = [by_number[number] for number in sorted(by_number)]
+        elif set(by_number) == set(range(1, len(by_number) + 1)):
+            raise InputError(
+                f"{path}: the classes are numbered from 1; number them from 0, as the pixel values, or not"
+            )
     names, colours = [name for name, _ in rows], [colour for _, colour in rows + ignored]
     if not 2 <= len(names) < NO_CLASS + 1 or len(set(names)) < len(names):
         raise InputError(f"{path}: it should name 2 to {NO_CLASS} different classes, one a line; found {len(names)}")
@@ -166,10 +172,11 @@ def open_mask(path: str) -> tuple[Image.Image, str]:
             if kind == "WEBP":
                 with open(path, "rb") as file:
                     lossy = b"VP8L" not in file.read(4096)  # the chunk of lossless pictures
-            wrong = f"{kind} is lossy and has changed the classes; export the masks as PNG" if lossy else ""
+            wrong = f"compressed with losses ({kind}), which changes classes; export the masks as PNG" if lossy else ""
             if "16" in str(raw if isinstance(raw, str) else raw[:1]) and not opened.mode.startswith("I"):
                 wrong = "16 bits for each of several channels; export the masks with 8"  # Pillow would halve them
-            return ImageOps.exif_transpose(opened), wrong
+            mask = ImageOps.exif_transpose(opened)
+            return mask.convert("RGB") if kind == "GIF" else mask, wrong  # its writers renumber palettes
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise UnreadableMask(f"{path}: not a readable mask ({one_line(error)}); repair or remove it") from error
 

@@ -194,6 +194,16 @@ def test_the_same_values_in_any_mode(tmp_path, mask, suffix, options):
     assert decode_mask(path, 6, ids)[::3, ::2].tolist() == IDS.tolist()
 
 
+def test_a_gif_is_read_by_its_greys(tmp_path):
+    """Those who write GIFs renumber palettes, Pillow too: an index says nothing."""
+    root = folder(tmp_path, [[[0, 2]]], "a\nb\nc", ".gif")
+    with Image.open(tmp_path / "masks" / "0.gif") as saved:
+        assert np.asarray(saved).tolist() == [[0, 1]]
+    assert targets(opened(root)[0]) == [[[0, 2]] * 2]
+    PALETTE.crop((0, 0, 2, 1)).save(tmp_path / "masks" / "0.gif")
+    assert "masks/0.gif: it is in colours (#090000); give each class its own in" in message(opened, root)
+
+
 @pytest.mark.parametrize("size", [2, 3, 8, 12])
 def test_masks_are_resized_by_nearest_neighbour(tmp_path, size):
     """Output pixel i shows the input pixel that holds its centre: no new values, no shift."""
@@ -250,9 +260,9 @@ REFUSED = {
     "0.png: pixel value 300; class ids should be 0 to 253, and 255": saved(Image.new("I;16", (2, 1), 300)),
     "0.png: pixel value -1; class ids": saved(Image.new("I", (2, 1), -1), format="TIFF"),
     "0.png: a mask should be grey, of a palette, or in RGB, not F": saved(Image.new("F", (2, 1)), format="TIFF"),
-    "0.png: JPEG is lossy and has changed the classes; export the masks as PNG": saved(NOISE, format="JPEG"),
-    "0.png: WEBP is lossy": saved(NOISE, format="WEBP"),
-    "0.png: TIFF is lossy": saved(NOISE.convert("RGB"), format="TIFF", compression="jpeg"),
+    "0.png: compressed with losses (JPEG), which changes classes; export the masks as PNG": saved(NOISE, format="JPEG"),
+    "0.png: compressed with losses (WEBP)": saved(NOISE, format="WEBP"),
+    "0.png: compressed with losses (TIFF)": saved(NOISE.convert("RGB"), format="TIFF", compression="jpeg"),
     "0.png: it is transparent in places; export the": saved(Image.new("RGBA", (2, 1), (1, 1, 1, 254))),
     "0.png: it is in colours (#ff0001); give each class its own in classes.txt: name #rrggbb": saved(
         Image.new("RGB", (2, 1), (255, 0, 1))
@@ -382,6 +392,8 @@ def test_classes_without_a_file_are_numbered(tmp_path):
         ("a\nb\na\n", None, "it should name 2 to 254 different classes"),
         ("a #000000\nb\n", None, "each class should have a colour of its own, name #rrggbb, or none a colour"),
         ("a #000000\nb #000000\n", None, "each class should have a colour of its own"),
+        ("#000000 a\n#ffffff b\n", None, "#000000 a: a colour comes after its class's name: name #rrggbb"),
+        ("1 a\n2 b\n", None, "the classes are numbered from 1; number them from 0, as the pixel values, or not"),
         ("a\nx\n", ["a", "b"], "classes unknown in the training folder: x"),
     ],
 )
