@@ -63,16 +63,13 @@ def not_read_note(not_read: Counter) -> list[str]:
     return [f"not read: {kinds} (the formats that are: {' '.join(SUFFIXES)})"] if kinds else []
 
 
-def has_late_text(path: str) -> bool:
-    """Whether a PNG file has metadata behind its pixels, where Pillow finds it only by decoding them."""
-    with open(path, "rb") as file:
-        file.seek(8)
-        late = False
-        while len(head := file.read(8)) == 8:
-            late |= head[4:] == b"IDAT"
-            if late and head[4:] in (b"eXIf", b"iTXt", b"zTXt", b"tEXt"):
-                return True
-            file.seek(int.from_bytes(head[:4]) + 4, os.SEEK_CUR)  # the data and their check sum
+def has_late_text(image: Image.Image) -> bool:
+    """Whether a PNG, just opened, has metadata behind its pixels, where Pillow finds it only by decoding them."""
+    image.fp.seek(image.tile[0].offset - 8)  # the first chunk of pixels: length and kind, the data, their check sum
+    while len(head := image.fp.read(8)) == 8:
+        if head[4:] in (b"eXIf", b"iTXt", b"zTXt", b"tEXt"):
+            return True
+        image.fp.seek(int.from_bytes(head[:4]) + 4, os.SEEK_CUR)
     return False
 
 
@@ -83,7 +80,7 @@ def upright_size(path: str) -> tuple[int, int]:
             if image.format == "TIFF":  # Pillow turns these by itself, some versions on opening, others on loading
                 size, turn = (image.tag_v2[WidthTag], image.tag_v2[HeightTag]), image.tag_v2.get(OrientationTag, 1)
             else:
-                early = image.format == "PNG" and not has_late_text(path)  # a PNG's own method decodes the pixels
+                early = image.format == "PNG" and not has_late_text(image)  # a PNG's own method decodes the pixels
                 exif = Image.Image.getexif(image) if early else image.getexif()
                 size, turn = image.size, exif.get(OrientationTag, 1)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more

@@ -56,15 +56,15 @@ def by_stem(paths: list[str], folder: str, ending: re.Pattern) -> list[dict[str,
 
 
 def find_pairs(root: str) -> tuple[list[str], list[str], list[str]]:
-    """The image files of the folder, sorted, the mask of each, and what is to be said. Raises InputError with
-    all images and masks that have no partner, or two."""
+    """The image files of the folder, sorted, the mask of each, and what is to be said. Raises InputError with all of
+    them that have no partner, or two."""
     folders = [folder_of(root, names) for names in (IMAGE_FOLDERS, MASK_FOLDERS)]
     notes, kinds = [], []
-    for folder, ending in zip(folders, (IMAGE_ENDING, MASK_ENDING)):
+    for folder, ending, what in zip(folders, (IMAGE_ENDING, MASK_ENDING), ("images", "masks")):
         not_read = Counter()
         paths, others = find_images(folder, not_read), not_read_note(not_read)
         if not paths:
-            raise InputError("; ".join([f"{folder}: no images ({' '.join(SUFFIXES)})", *others]))
+            raise InputError("; ".join([f"{folder}: no {what} ({' '.join(SUFFIXES)})", *others]))
         notes += [f"{os.path.basename(folder)}/: {note}" for note in others]
         kinds.append(by_stem(paths, folder, ending))
     pairs = [(images, masks) for images in kinds[0] for masks in kinds[1]]
@@ -139,18 +139,18 @@ def read_classes(root: str, classes: list[str] | None = None) -> tuple[list[str]
             rows.append((name, None))
     ignored = [row for row in rows if row[1] and re.fullmatch(r"(255\W+)?(ignored?|__ignore__)", row[0], re.IGNORECASE)]
     rows = [row for row in rows if row not in ignored]
-    numbered = [re.fullmatch(r"(\d+)\s*[\s:,;=]\s*(.+)", name) for name, _ in rows]
+    numbered = [re.fullmatch(r"([0-9]{1,3})\s*[\s:,;=]\s*(.+)", name) for name, _ in rows]
     if all(numbered):
-        by_number = {int(match[1]): (match[2], row[1]) for match, row in zip(numbered, rows)}
-        by_number.pop(IGNORED, None)
-        if set(by_number) == set(range(len(by_number))):
-            rows = [by_number[number] for number in sorted(by_number)]
-        elif set(by_number) == set(range(1, len(by_number) + 1)):
-            raise InputError(
-                f"{path}: the classes are numbered from 1; number them from 0, as the pixel values, or not"
-            )
+        by_number = [(int(match[1]), match[2], row[1]) for match, row in zip(numbered, rows)]
+        by_number = sorted((row for row in by_number if row[0] != IGNORED), key=lambda row: row[0])
+        numbers = [number for number, *_ in by_number]
+        if numbers == list(range(len(numbers))):
+            rows = [(name, colour) for _, name, colour in by_number]
+        elif numbers == list(range(1, len(numbers) + 1)):
+            hint = "number them from 0, as the pixel values, or not at all"
+            raise InputError(f"{path}: the classes are numbered from 1; {hint}")
     names, colours = [name for name, _ in rows], [colour for _, colour in rows + ignored]
-    if not 2 <= len(names) < NO_CLASS + 1 or len(set(names)) < len(names):
+    if not 2 <= len(names) <= NO_CLASS or len(set(names)) < len(names):
         raise InputError(f"{path}: it should name 2 to {NO_CLASS} different classes, one a line; found {len(names)}")
     if not any(colours):
         return names, None
@@ -176,14 +176,16 @@ def open_mask(path: str) -> tuple[Image.Image, str]:
             if "16" in str(raw if isinstance(raw, str) else raw[:1]) and not opened.mode.startswith("I"):
                 wrong = "16 bits for each of several channels; export the masks with 8"  # Pillow would halve them
             mask = ImageOps.exif_transpose(opened)
-            return mask.convert("RGB") if kind == "GIF" else mask, wrong  # its writers renumber palettes
+            if kind == "GIF":  # its writers renumber palettes
+                mask = mask.convert("RGBA" if "transparency" in mask.info else "RGB")
+            return mask, wrong
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise UnreadableMask(f"{path}: not a readable mask ({one_line(error)}); repair or remove it") from error
 
 
 def read_values(path: str, colours: str | None) -> np.ndarray:
-    """The mask file as uint8 [h, w] of pixel values; with colours the values are their places, 255 from the 255th on.
-    Raises InputError."""
+    """The mask file as uint8 [h, w] of pixel values; with colours the values are their places in that list. Raises
+    InputError."""
     mask, wrong = open_mask(path)
     mask.info.pop("transparency", None)  # of a palette: the index or the colour counts
     pixels = np.asarray(mask)
@@ -296,6 +298,8 @@ class MaskClasses:
         seen = set(np.flatnonzero(counts.sum(0)).tolist())
         names = names or classes or [str(i) for i in range(num_classes or 0)] or self.name_two(root, seen)
         self.classes = list(classes or names)
+        if len(self.classes) > NO_CLASS:
+            raise InputError(f"model.num_classes: {len(self.classes)}, but masks can hold at most {NO_CLASS} classes")
         if unknown := sorted(set(map(plain, names)) - set(map(plain, self.classes))):
             raise InputError(f"{root}/classes.txt: classes unknown in the training folder: {', '.join(unknown)}")
         if classes and colours and not own_colours:

@@ -251,7 +251,8 @@ def deep_colours(root):
 
 
 def saved(mask, name="0.png", **options):
-    return lambda root: mask.save(root / "masks" / name, **options)
+    """In place of the first mask."""
+    return lambda root: ((root / "masks" / "0.png").unlink(), mask.save(root / "masks" / name, **options))
 
 
 NOISE = Image.effect_noise((2, 1), 99)
@@ -264,6 +265,7 @@ REFUSED = {
     "0.png: compressed with losses (WEBP)": saved(NOISE, format="WEBP"),
     "0.png: compressed with losses (TIFF)": saved(NOISE.convert("RGB"), format="TIFF", compression="jpeg"),
     "0.png: it is transparent in places; export the": saved(Image.new("RGBA", (2, 1), (1, 1, 1, 254))),
+    "0.gif: it is transparent": saved(Image.new("RGBA", (2, 1)), "0.gif"),
     "0.png: it is in colours (#ff0001); give each class its own in classes.txt: name #rrggbb": saved(
         Image.new("RGB", (2, 1), (255, 0, 1))
     ),
@@ -356,6 +358,7 @@ def test_a_colour_that_is_not_listed_is_named(tmp_path):
         ("1: b\n0: a\n255: void\n", ["a", "b"]),
         ("# the classes\n__ignore__\n_background_\ncat", ["_background_", "cat"]),
         ("0\n1\n2", ["0", "1", "2"]),
+        ("0 a\n0 b\n1 c", ["0 a", "0 b", "1 c"]),
         ("2 wheeler\n4 wheeler", ["2 wheeler", "4 wheeler"]),
         (unicodedata.normalize("NFD", "Bär\nÉléphant"), ["Bär", "Éléphant"]),
         ("a #010203\nb,#0a0b0C\n", ["a", "b"]),
@@ -383,6 +386,9 @@ def test_an_evaluation_folder_in_another_order_is_mapped_by_name(tmp_path):
 def test_classes_without_a_file_are_numbered(tmp_path):
     root = folder(tmp_path, [[[0, 1], [2, 255]]], None)
     assert opened(root, ("test", {"model.num_classes": 3}))[0].classes == list("012")
+    assert message(opened, root, ("test", {"model.num_classes": 255})).startswith(
+        "model.num_classes: 255, but masks can"
+    )
 
 
 @pytest.mark.parametrize(
@@ -393,7 +399,7 @@ def test_classes_without_a_file_are_numbered(tmp_path):
         ("a #000000\nb\n", None, "each class should have a colour of its own, name #rrggbb, or none a colour"),
         ("a #000000\nb #000000\n", None, "each class should have a colour of its own"),
         ("#000000 a\n#ffffff b\n", None, "#000000 a: a colour comes after its class's name: name #rrggbb"),
-        ("1 a\n2 b\n", None, "the classes are numbered from 1; number them from 0, as the pixel values, or not"),
+        ("1 a\n2 b\n", None, "the classes are numbered from 1; number them from 0, as the pixel values, or not at"),
         ("a\nx\n", ["a", "b"], "classes unknown in the training folder: x"),
     ],
 )
@@ -451,7 +457,7 @@ def test_what_is_not_read_is_said(tmp_path):
     (tmp_path / "images" / "x.heic").touch()
     assert opened(root)[0].notes[0].startswith("images/: not read: 1 .heic (")
     (tmp_path / "masks" / "0.png").rename(tmp_path / "masks" / "0.npy")
-    assert "masks: no images (" in message(opened, root) and "not read: 1 .npy" in message(opened, root)
+    assert "masks: no masks (" in message(opened, root) and "not read: 1 .npy" in message(opened, root)
     (tmp_path / "masks" / "0.npy").unlink()
     (tmp_path / "images" / "0.png").touch()
     Image.new("L", (2, 1)).save(tmp_path / "masks" / "0.png")
