@@ -2,7 +2,11 @@
 
 import os
 
-from folders import find_images
+import pytest
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngImageFile, PngInfo
+
+from folders import find_images, upright_size
 
 
 def touch(path) -> str:
@@ -31,3 +35,23 @@ def test_find_images_follows_links_but_not_in_circles(tmp_path):
         (tmp_path / "class" / name).symlink_to(to)
     found = [os.path.relpath(path, tmp_path / "class") for path in find_images(str(tmp_path / "class"))]
     assert found == ["a/far.png", "linked.png", "own.png"]
+
+
+@pytest.mark.parametrize("place", ["before the pixels", "behind the pixels", "in text"])
+def test_the_size_of_a_turned_png_takes_no_decoding(tmp_path, monkeypatch, place):
+    """Unless its orientation stands behind the pixels, where some tools write it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    text = PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
+    Image.new("L", (3, 2)).save(
+        path := tmp_path / "a.png", **({"pnginfo": text} if place == "in text" else {"exif": exif})
+    )
+    if place == "behind the pixels":
+        data = path.read_bytes()
+        start, pixels, end = (data.index(kind) - 4 for kind in (b"eXIf", b"IDAT", b"IEND"))
+        path.write_bytes(data[:start] + data[pixels:end] + data[start:pixels] + data[end:])
+    assert ImageOps.exif_transpose(Image.open(path)).size == (2, 3) == upright_size(str(path))
+    monkeypatch.setattr(PngImageFile, "load_prepare", lambda self: pytest.fail("the pixels were decoded"))
+    if place != "behind the pixels":
+        assert upright_size(str(path)) == (2, 3)
