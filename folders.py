@@ -174,8 +174,9 @@ def list_folder(root: str) -> list[os.DirEntry]:
         raise folder_error(error) from None
 
 
-def loose_images_note(root: str) -> list[str]:
-    """A line on the images that lie beside the class folders, if there are any."""
-    names = sorted(e.name for e in list_folder(root) if e.name.lower().endswith(SUFFIXES) and not e.is_dir())
-    names = [name for name in names if is_visible(name)]
-    return [f"not read: {len(names)} images beside the class folders, {names[0]} the first"] if names else []
+def class_notes(root: str, classes: Iterable[str]) -> list[str]:
+    """Lines on images that lie beside the class folders, and on classes that are called like splits."""
+    loose = sorted(e.name for e in list_folder(root) if e.name.lower().endswith(SUFFIXES) and not e.is_dir())
+    loose, splits = list(filter(is_visible, loose)), [name for name in classes if name.lower() in SPLITS]
+    notes = [f"not read: {len(loose)} images beside the class folders, {loose[0]} the first"] if loose else []
+    return notes + [f"{', '.join(splits)} are taken for classes, though they are called like splits"] * bool(splits)
