@@ -54,7 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def train(args: argparse.Namespace) -> int:
     """Returns the exit status: 0, or 128 + the number of the signal that stopped the run."""
     console = Console()
-    task, run_dir, state = build.open_run(args)
+    task, run_dir, state = build.open_run(args, console)
     data, _, training = build.sections(task.config)
     rewards, roll = build.load_rewards(task), build.rollout_settings(task.config)
     per_rank, rank = build.images_per_rank(training), processes.rank_and_world()[0]
@@ -62,7 +62,7 @@ def train(args: argparse.Namespace) -> int:
 
     # Data and model. Each process checks them for itself; only then do the processes meet.
     train_set, eval_set, cache = build.open_data(task, state, console)
-    model, reference = build.open_model(task, len(train_set.classes), state, console)
+    model, reference = build.open_model(task, train_set.classes, state, console)
     network, reference_network = task.network(model), task.network(reference) if reference else None
     device = next(model.parameters()).device
     control = processes.connect(device)
@@ -166,11 +166,11 @@ def train(args: argparse.Namespace) -> int:
 def evaluate_run(args: argparse.Namespace) -> int:
     """--evaluate: the metrics of a checkpoint on data.eval_dir; returns the exit status."""
     console = Console()
-    task, _, state = build.open_run(args)
+    task, _, state = build.open_run(args, console)
     if not task.config["data"]["eval_dir"]:
         raise InputError("data.eval_dir: null; --evaluate needs a folder of images")
     eval_set = build.open_eval_set(task, state["classes"], console)
-    model, _ = build.open_model(task, len(eval_set.classes), state, console)
+    model, _ = build.open_model(task, eval_set.classes, state, console)
     control = processes.connect(next(model.parameters()).device)
     batches = build.open_eval_batches(eval_set, task, BadImages(len(eval_set), console.line), keep=False)
     evaluation = evaluate(task, task.network(model), batches, eval_set, control)

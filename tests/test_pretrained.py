@@ -66,6 +66,44 @@ def test_load_weights(tmp_path, ours):
     assert [line[:47] for line in others] == ([] if ours else ["warning: no state dict tells data.mean and data"])
 
 
+def test_a_checkpoint_of_this_repo_is_compared_with_the_run(tmp_path):
+    """The head's rows follow the names of the classes; with other classes, or of another task, the head stays fresh.
+    Another mean, std or number of heads is a warning. A config that makes no sense says nothing."""
+    data = {"mean": [0.5, 0.5, 0.5], "std": [1.0, 1.0, 1.0]}
+    then = {"task": "classification", "data": data, "model": {"num_heads": 4}}
+    config = {"task": "classification", "data": data, "model": {"num_heads": 4}}
+
+    def lines(names: list, run: dict = config, then: dict = then) -> tuple[str, list[str], VisionTransformer]:
+        model = tiny()
+        content = {"step": 1, "model": weights, "optimizer": {}, "config": then, "classes": names}
+        path = weights_file(tmp_path, content)
+        first, *others = load_weights(model, path, run, ["a", "b", "c"]).splitlines()
+        return first.removeprefix(f"{path}: "), others, model
+
+    weights = changed(tiny())
+    assert lines(["a", "b", "c"])[:2] == ("32 tensors loaded", [])
+    first, _, model = lines(["c", "a", "b"])
+    assert first == "32 tensors loaded, the head's rows put into the order of this run's classes"
+    for name in ("head.weight", "head.bias"):
+        assert model.state_dict()[name].equal(weights[name][[1, 2, 0]])
+    fresh = "30 tensors loaded, the head not taken, as its {}, 2 left fresh (head.weight, head.bias)"
+    for names, run, what in (
+        (["a", "b", "d\n"], config, "classes were a, b, d?"),
+        (["a", "b", "c", "d"], config, "classes were a, b, c, …"),
+        (["a", "b", "c"], config | {"task": "x/own.py"}, "task was classification"),
+    ):
+        first, others, model = lines(names, run)
+        assert (first, others) == (fresh.format(what), []) and not model.head.bias.equal(weights["head.bias"])
+    run = {"data": {"mean": [0.4, 0.5, 0.5], "std": [1.0, 1.0, 2.0]}, "model": {"num_heads": 2}}
+    assert lines(["a", "b", "c"], config | run)[1] == [
+        "warning: data.mean: [0.4, 0.5, 0.5], the weights were trained with [0.5, 0.5, 0.5]",
+        "warning: data.std: [1.0, 1.0, 2.0], the weights were trained with [1.0, 1.0, 1.0]",
+        "warning: model.num_heads: 2, the weights were trained with 4",
+    ]
+    for nonsense in ([], {"model": 3, "data": []}, {"model": {"num_heads": "4"}, "data": {"mean": 3}, "task": 5}):
+        assert lines(3, then=nonsense)[:2] == ("32 tensors loaded", [])
+
+
 @pytest.mark.parametrize("head", ["other", "none", "no bias"])
 def test_another_number_of_classes_leaves_the_head_fresh(tmp_path, head):
     """Pretrained on other classes, or without a head, or half of one: everything else is loaded, the line says so."""
@@ -335,6 +373,10 @@ def test_logits_of_a_classifier_as_transformers_saves_it(tmp_path):
     images = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(model(images), classifier(images).logits, rtol=1e-4, atol=1e-4)
+    (tmp_path / "classifier" / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": 1}')
+    lines = load_weights(model, str(tmp_path / "classifier"), {"data": {"mean": [0.1, 0.5, 0.5], "std": [1.0] * 3}})
+    expected = "warning: data.mean: [0.1, 0.5, 0.5], the weights were trained with [0.5, 0.5, 0.5]"
+    assert lines.splitlines()[1:] == [expected]
     other.save_pretrained(tmp_path / "vit")
     line = from_file(tmp_path / "vit", 12)[2]
     assert line.endswith("2 left fresh (head.weight, head.bias), 2 ignored (pooler.dense.bias, pooler.dense.weight)")
