@@ -14,12 +14,24 @@ import torch
 from torch import nn
 
 from checkpoint import best_metric, load_checkpoint
-from config import SCHEMA, Key, Schema, check, flatten, load_user_file, one_line, parse_override, read_yaml
+from config import (
+    SCHEMA,
+    SIZES,
+    Key,
+    Schema,
+    check,
+    convert,
+    flatten,
+    load_user_file,
+    one_line,
+    parse_override,
+    read_yaml,
+)
 from data_types import InputError
 from detection_task import Detection
 from grpo import Reward, RolloutSettings, UpdateSettings, keyed_rng
 from images import BadImages, Batches, ImageDataset, Loading, keep_decoded, ordered_batches, shared_memory_note
-from pretrained import load_weights
+from pretrained import load_weights, read_pretrained
 from processes import rank_and_world
 from report import Console
 from segmentation_task import Segmentation
@@ -144,19 +156,25 @@ def pick_autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:
 
 def layer_of(name: str, depth: int) -> int:
     """The layer of a parameter: 0 for the embedding, 1 to depth for the blocks, depth + 1 for norm and head."""
-    if name.startswith(("patch_embed.", "cls_token", "pos_embed")):
+    if name.startswith(("patch_embed.", "cls_token", "pos_embed", "reg_token")):
         return 0
     return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
+
+
+def shape_of(config: dict) -> dict:
+    """The arguments of the ViT that the config's `model` section names."""
+    others = "num_classes", "checkpoint_path", "pos_embed_antialias", "compile"
+    return {key: value for key, value in config["model"].items() if key not in others}
 
 
 def build_model(task: Task, num_classes: int, device: torch.device) -> VisionTransformer:
     """The ViT with seeded weights on `device`; what training.freeze_blocks holds takes no gradient."""
     config = task.config
-    shape = {k: v for k, v in config["model"].items() if k not in ("num_classes", "checkpoint_path", "compile")}
     dtype = pick_autocast_dtype(config["training"]["dtype"], device)
     width = task.head_size(num_classes)
+    shape = shape_of(config) | {"num_classes": width, "dense": task.dense, "autocast_dtype": dtype}
     with keyed_rng(config["training"]["seed"], "init"):
-        model = VisionTransformer(**shape, num_classes=width, dense=task.dense, autocast_dtype=dtype).to(device)
+        model = VisionTransformer(**shape).to(device)
     frozen = config["training"]["freeze_blocks"]
     for name, p in model.named_parameters():
         p.requires_grad_(not frozen or layer_of(name, len(model.blocks)) > frozen)
@@ -164,13 +182,13 @@ def build_model(task: Task, num_classes: int, device: torch.device) -> VisionTra
 
 
 def build_optimizer(model: VisionTransformer, training: SimpleNamespace) -> torch.optim.AdamW:
-    """AdamW over what is not frozen; no weight decay on biases, norms, class token and position embedding. `lr_scale`
+    """AdamW over what is not frozen; no weight decay on biases, norms, extra tokens and position embedding. `lr_scale`
     of a group is its share of the learning rate: layer_decay per layer below the head, as in BEiT
     (https://arxiv.org/abs/2106.08254)."""
     depth, params = len(model.blocks), {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            plain = p.ndim < 2 or name in ("cls_token", "pos_embed")
+            plain = p.ndim < 2 or name in ("cls_token", "pos_embed", "reg_token")
             lr_scale = training.layer_decay ** (depth + 1 - layer_of(name, depth))
             params.setdefault((plain, lr_scale), []).append(p)
     groups = [
@@ -189,6 +207,36 @@ def learning_rate(step: int, training: SimpleNamespace) -> float:
     return low + (high - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def layers_of(file: tuple[str, dict], overrides: tuple[str, dict]) -> tuple[list[tuple[str, dict]], list[str]]:
+    """The layers of a new run's config, and lines about them. The sizes of the model are those of the file of
+    model.checkpoint_path: those of the config file yield. Raises InputError for others on the command line."""
+    values = [{name: value for name, value in layer.items() if value is not None} for _, layer in (file, overrides)]
+    path = (values[0] | values[1]).get("model.checkpoint_path")
+    if not isinstance(path, str):
+        return [file, overrides], []
+    found = read_pretrained(os.path.expanduser(path))
+    told, assumed = ({f"model.{key}": value for key, value in part.items()} for part in (found.told, found.assumed))
+    sizes, given = ({k: convert(k, v, SCHEMA[k]) for k, v in layer.items() if k in SIZES} for layer in values)
+    width, yielding, heads = told["model.embed_dim"], [], "model.num_heads"
+    own_heads = heads in given or (heads in sizes and sizes.get("model.embed_dim", width) == width)
+    guessed = heads not in told and not own_heads
+    if guessed and width % 64:
+        raise InputError(f"{path}: no tensor tells model.num_heads, and embed_dim {width} is no multiple of 64; set it")
+    if guessed:
+        told[heads] = width // 64
+    for name, value in told.items():
+        same = (lambda a, b: int(width * a) == int(width * b)) if name == "model.mlp_ratio" else lambda a, b: a == b
+        if name in given and not same(given[name], value) and not (name == heads and found.own):
+            raise InputError(f"command line: {name}={given[name]}, but {path} has {value}; leave it out")
+        if name in sizes and not same(sizes[name], value):
+            yielding.append(f"{name.removeprefix('model.')} {sizes[name]} to {value}")
+    used = {name: SCHEMA[name].default for name in SIZES} | assumed | sizes | told | given
+    described = [f"{name.removeprefix('model.')} {used[name]}" for name in SIZES]
+    described[SIZES.index(heads)] += " (embed_dim / 64: no tensor tells it)" if guessed else ""
+    lines = [f"{file[0]} yields to {path}: {', '.join(yielding)}"] if yielding else []
+    return [("", assumed), file, (path, told), overrides], [*lines, f"{path}: {', '.join(described)}"]
+
+
 def open_run(args: argparse.Namespace, console: Console) -> tuple[Task, Path, dict | None]:
     """The task with its config, the run's folder, and the checkpoint's state if the run goes on. The config is the
     file's, or the checkpoint's when a run goes on; the command line wins. Raises InputError."""
@@ -199,7 +247,13 @@ def open_run(args: argparse.Namespace, console: Console) -> tuple[Task, Path, di
     run_dir, asked = Path(name or "auto"), {}
     if name in (None, "auto"):  # this config's run
         written = read_yaml(args.config)
-        config, task = configure((args.config, written), overrides)
+        layers, lines = [(args.config, written), overrides], []
+        try:
+            layers, lines = layers_of(*layers)
+        except InputError:
+            if name is None:  # else the weights may be gone since the run began
+                raise
+        config, task = configure(*layers)
         asked = {key: value for key, value in flatten(config, args.config).items() if written.get(key) is not None}
         training = config["training"]
         training["run_name"] = training["run_name"] or Path(args.config).stem
@@ -209,6 +263,8 @@ def open_run(args: argparse.Namespace, console: Console) -> tuple[Task, Path, di
                 hint = "go on with --resume auto, delete it, or name a new run with training.run_name=NAME"
                 raise InputError(f"{used} exists: {hint}")
         if args.evaluate is None and not any([*run_dir.glob("last.pt"), *run_dir.glob("step_*.pt")]):
+            for line in lines:
+                console.line(line)
             return task, run_dir, None
     state = load_checkpoint(run_dir, console.line if name == "auto" else None)
     run_dir = run_dir if run_dir.is_dir() else run_dir.parent  # given a file of the run
@@ -299,14 +355,15 @@ def open_data(task: Task, state: dict | None, console: Console) -> tuple[ImageDa
 
 
 def open_model(
-    task: Task, num_classes: int, state: dict | None, console: Console
+    task: Task, classes: list[str], state: dict | None, console: Console
 ) -> tuple[nn.Module, nn.Module | None]:
     """The model with the weights that it starts from, on its device, and the reference of the KL term if there is one:
     a frozen copy of the model that training started from. Raises InputError."""
     config, reference = task.config, None
-    model = build_model(task, num_classes, pick_device(config["training"]["device"]))
+    model = build_model(task, len(classes), pick_device(config["training"]["device"]))
     if config["model"]["checkpoint_path"] and not state:
-        console.line(load_weights(model, config["model"]["checkpoint_path"]))
+        for line in load_weights(model, config["model"]["checkpoint_path"], config, classes).splitlines():
+            console.line(line)
     if state:
         try:
             model.load_state_dict(state["model"])

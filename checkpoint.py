@@ -3,6 +3,8 @@
 import argparse
 import math
 import os
+import pathlib
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,6 +78,20 @@ def save_checkpoint(state: dict[str, Any], directory: Path, *, best: bool, keep:
     return path
 
 
+def plain_classes() -> list:
+    """What a file may hold beside tensors and Python's own values, because it runs no code: command lines, paths (as
+    plain text paths of either system), numpy's scalars and arrays; under the names of older numpy and newer Python."""
+    scalar, rebuild = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
+    classes = [argparse.Namespace, np.dtype, np.ndarray, *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdgFD"}]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        classes += [(scalar, f"{module}.scalar"), (rebuild, f"{module}._reconstruct")]
+    for module in ("pathlib", "pathlib._local"):
+        for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"):
+            pure = pathlib.PureWindowsPath if "Windows" in name else pathlib.PurePosixPath
+            classes.append((pure, f"{module}.{name}"))
+    return classes
+
+
 def read_file(path: Path) -> Any:
     """What `torch.save`, or for *.safetensors that package, wrote to `path`, on the CPU. Runs no code from it
     (`weights_only=True`). Raises InputError."""
@@ -83,14 +100,18 @@ def read_file(path: Path) -> Any:
             from safetensors.torch import load_file  # optional
 
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # plain values: the options of DINO, MAE, DeiT
+        with torch.serialization.safe_globals(plain_classes()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
-        raise InputError(f"{path}: reading it needs the safetensors package: pip install safetensors") from None
+        how = "uv run --extra safetensors …, or pip install safetensors"
+        raise InputError(f"{path}: reading it needs the safetensors package: {how}") from None
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # unpickling a damaged file may raise nearly anything
         reason = getattr(error, "strerror", None) or "damaged, or more than tensors and plain values"
+        if refused := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
+            reason = f"it holds a {refused[1]}, and making one could run code; save the weights alone: "
+            reason += "torch.save(model.state_dict(), file)"
         raise InputError(f"{path}: not a checkpoint that can be read ({reason})") from None
 
 

@@ -51,21 +51,32 @@ SPREADS = {
 }
 BETAS = {"rule": "two numbers >= 0 and < 1", "valid": lambda value: len(value) == 2 and all(0 <= x < 1 for x in value)}
 NAMES = {"rule": "at least one name", "valid": lambda value: value and all(isinstance(name, str) for name in value)}
+NULL = {"optional": True}  # null is as if left out
 FOLDER = {"rule": "the name of a folder", "valid": lambda value: value not in ("", ".", "..") and "/" not in value}
 
 Schema = Mapping[str, Key]  # "section.key" -> what it may be
 SCHEMA: dict[str, Key] = {  # of every run; a task has further keys of its own (`Task.keys`)
     "model.image_size": Key(224, int, "height and width images are resized to, pixels", **at_least(1)),
-    "model.patch_size": Key(16, int, "height and width of a patch, pixels; divides image_size", **at_least(1)),
-    "model.embed_dim": Key(192, int, "width of the tokens", **at_least(1)),
-    "model.depth": Key(12, int, "encoder blocks", **at_least(1)),
-    "model.num_heads": Key(3, int, "attention heads; divides embed_dim", **at_least(1)),
-    "model.mlp_ratio": Key(4.0, float, "hidden width of the MLP / embed_dim", **POSITIVE),
+    "model.patch_size": Key(16, int, "height and width of a patch, pixels; divides image_size", **at_least(1), **NULL),
+    "model.embed_dim": Key(192, int, "width of the tokens", **at_least(1), **NULL),
+    "model.depth": Key(12, int, "encoder blocks", **at_least(1), **NULL),
+    "model.num_heads": Key(3, int, "attention heads; divides embed_dim", **at_least(1), **NULL),
+    "model.mlp_ratio": Key(4.0, float, "hidden width of the MLP / embed_dim", **POSITIVE, **NULL),
+    "model.registers": Key(0, int, "further tokens without a position (DINOv2's and DINOv3's)", **at_least(0), **NULL),
+    "model.positions": Key(
+        "learned", str, "an embedding that is added, or rotations (DINOv3's)", **one_of("learned", "rotary"), **NULL
+    ),
+    "model.norm_eps": Key(1e-6, float, "epsilon of the LayerNorms", **POSITIVE, **NULL),
     "model.dropout": Key(0.1, float, "probability of a zero in a mask", **FRACTION),
-    "model.dropout_blocks": Key(None, int, "dropout in the last k blocks only; null: everywhere", **at_least(1)),
+    "model.dropout_blocks": Key(
+        None, int, "dropout in the last k blocks only; 0: before the head; null: everywhere", **at_least(0)
+    ),
     "model.num_classes": Key(None, int, "null: the classes of data.train_dir", **at_least(1)),
     "model.checkpoint_path": Key(
-        None, str, "weights to start from: of this repo, or of timm, DeiT, DINO, MAE", path=True
+        None, str, "weights to start from, a file or folder; patch_size to norm_eps are read from it", path=True
+    ),
+    "model.pos_embed_antialias": Key(
+        "auto", str, "for another grid, antialias; auto: as the publisher does", **one_of("auto", "true", "false")
     ),
     "model.activation_checkpointing": Key(False, bool, "compute activations twice, which needs less memory"),
     "model.compile": Key(False, bool, "torch.compile the model"),
@@ -120,6 +131,8 @@ SCHEMA: dict[str, Key] = {  # of every run; a task has further keys of its own (
     "training.save_interval": Key(200, int, "steps between checkpoints", **at_least(1)),
     "training.keep_checkpoints": Key(3, int, "step_*.pt files to keep; last.pt and best.pt stay", **at_least(1)),
 }
+SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "registers", "positions", "norm_eps")
+SIZES = tuple(f"model.{key}" for key in SIZES)  # what the file of model.checkpoint_path says
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", list: "a list of"}
 KINDS |= {dict: "a list or a mapping name: weight of"}
 READS = {
@@ -174,9 +187,11 @@ def convert(name: str, value: Any, key: Key) -> Any:
     kind = KINDS.get(key.kind, "" if key.rule else "a text")
     wanted = " ".join(filter(None, [kind, key.rule, "or null" if takes_null else ""]))
     shown = value.isoformat() if isinstance(value, datetime.date) else repr(value)
-    if key.kind is str and type(value) in READS:
+    words = isinstance(value, bool) and str(value).lower() in key.rule.split(" | ")  # YAML's true and false among them
+    if key.kind is str and type(value) in READS and not words:
         wanted += f"; YAML reads this as {READS[type(value)]}: put it in quotes (on a command line \"{name}='…'\")"
     error = InputError(f"{name}: {shown} is not allowed; expected {wanted}")
+    value = str(value).lower() if words else value
     try:
         if key.kind is float:
             value = number(value)
@@ -217,6 +232,8 @@ def check_pairs(config: dict[str, Any]) -> None:
             raise InputError(f"{name}: {value} is {relation} {other}: {limit}")
     embed_dim, mlp_ratio = config["model.embed_dim"], config["model.mlp_ratio"]
     dropout, passes = config["model.dropout"], config["rollout.num_mc_samples"]
+    if config["model.positions"] == "rotary" and embed_dim // config["model.num_heads"] % 4:
+        raise InputError("model.positions: rotary needs an embed_dim / num_heads that is a multiple of 4")
     if embed_dim * mlp_ratio < 1:
         raise InputError(f"model.mlp_ratio: {mlp_ratio} of {embed_dim} leaves no hidden unit")
     if config["rollout.action"] == "argmax" and (dropout == 0 or passes < 2):
@@ -237,7 +254,7 @@ def check(*layers: tuple[str, dict[str, Any]], schema: Schema = SCHEMA) -> dict[
         for name in layer:
             if name not in schema:
                 raise InputError(f"{source}: unknown key {one_line(name)}{suggest(name, schema)}")
-        flat |= layer
+        flat |= {name: value for name, value in layer.items() if value is not None or name not in SIZES}
     config = {name: convert(name, flat.get(name, key.default), key) for name, key in schema.items()}
     check_pairs(config)
     return nest(config)

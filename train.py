@@ -71,7 +71,7 @@ def train(args: argparse.Namespace) -> int:
 
     # Data and model. Each process checks them for itself; only then do the processes meet.
     train_set, eval_set, cache = build.open_data(task, state, console)
-    model, reference = build.open_model(task, len(train_set.classes), state, console)
+    model, reference = build.open_model(task, train_set.classes, state, console)
     network, reference_network = task.network(model), task.network(reference) if reference else None
     device = next(model.parameters()).device
     control = processes.connect(device)
@@ -182,7 +182,7 @@ def evaluate_run(args: argparse.Namespace) -> int:
     if not task.config["data"]["eval_dir"]:
         raise InputError("data.eval_dir: null; --evaluate needs a folder of images")
     eval_set = build.open_eval_set(task, state["classes"], console)
-    model, _ = build.open_model(task, len(eval_set.classes), state, console)
+    model, _ = build.open_model(task, eval_set.classes, state, console)
     control = processes.connect(next(model.parameters()).device)
     bad_images = BadImages(len(eval_set), console.line)
     batches = build.open_eval_batches(eval_set, task, bad_images, keep=False)

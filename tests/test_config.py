@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from build import configure, schema_of
-from config import SCHEMA, check, convert, describe_keys, flatten, parse_override, read_yaml
+from config import SCHEMA, SIZES, check, convert, describe_keys, flatten, parse_override, read_yaml
 from data_types import InputError
 from train import parse
 
 EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True)
 ALL_KEYS = schema_of()  # those of the three tasks, too
-NULLS = {name for name, key in ALL_KEYS.items() if key.default is None} | {"data.eval_dir"}  # that take null
+NULLS = {name for name, key in ALL_KEYS.items() if key.default is None} | {"data.eval_dir", *SIZES}  # that take null
 
 # --- Defaults and layers ----------------------------------------------------------------------------------------------
 
@@ -36,6 +36,8 @@ def test_later_layers_win_and_what_comes_out_is_a_fixed_point():
     assert [config["training"][key] for key in ("steps", "seed", "batch_size")] == [80, 1, 64]
     assert file["training.steps"] == 70 and config["model"]["dropout"] == 1e-4
     assert check(("checkpoint", flatten(config, "checkpoint"))) == config
+    nulls = check(("a.yaml", file | {"model.depth": 5}), ("command line", dict.fromkeys(SIZES)))["model"]
+    assert nulls == config["model"] | {"depth": 5}  # a size of null is as if left out
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("config*.yaml")), ids=lambda path: path.name)
@@ -57,6 +59,8 @@ def test_shipped_configs_pass(path):
         ("training.learning_rate", 1, 1.0),
         ("training.betas", ["9e-1", 0], [0.9, 0.0]),
         ("training.seed", 2**70, 2**70),
+        ("model.pos_embed_antialias", True, "true"),
+        ("model.pos_embed_antialias", False, "false"),
         ("rollout.reward", "classification_reward", {"classification_reward": 1.0}),
         ("rollout.reward", ["a", "b.py:f"], {"a": 1.0, "b.py:f": 1.0}),
         ("rollout.reward", {"a": 2, "b.py:f": "-5e-1"}, {"a": 2.0, "b.py:f": -0.5}),
@@ -78,6 +82,9 @@ BAD_VALUES = {
     "training.steps": (f"{WHOLE} >= 1", ["ten", "10", True, 10.0, 0, [1], {"a": 1}]),
     "training.seed": (f"{WHOLE} >= 0", [-1]),
     "model.num_classes": (f"{WHOLE} >= 1 or null", [0]),
+    "model.dropout_blocks": (f"{WHOLE} >= 0 or null", [-1, True]),
+    "model.positions": ("learned | rotary or null", ["none", True]),
+    "model.pos_embed_antialias": ("auto | true | false", ["yes", 1]),
     "training.learning_rate": (f"{NUMBER} > 0", ["fast", True, math.nan, math.inf, "nan", 10**400, 0, [1e-3]]),
     "training.clip_low": (f"{NUMBER} >= 0 and < 1", [1, -0.1]),
     "training.clip_high": (f"{NUMBER} >= 0", [-0.1]),
@@ -164,6 +171,10 @@ ARGMAX, ONE_PASS = {"rollout.action": "argmax"}, {"rollout.num_mc_samples": 1}
         ({"model.image_size": 20}, "model.image_size: 20 is not a multiple of model.patch_size: 16"),
         ({"model.num_heads": 5}, "model.embed_dim: 192 is not a multiple of model.num_heads: 5"),
         ({"model.mlp_ratio": 0.005}, "model.mlp_ratio: 0.005 of 192 leaves no hidden unit"),
+        (
+            {"model.positions": "rotary", "model.num_heads": 32},
+            "model.positions: rotary needs an embed_dim / num_heads that is a multiple of 4",
+        ),
         ({"model.dropout_blocks": 13}, "model.dropout_blocks: 13 is more than model.depth: 12"),
         ({"training.freeze_blocks": 13}, "training.freeze_blocks: 13 is more than model.depth: 12"),
         (ARGMAX | {"model.dropout": 0}, "rollout.action: argmax explores by dropout alone: "),

@@ -24,6 +24,7 @@ BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", ALL, re.S)).replace("\\\n", 
 LINES = [shlex.split(line, comments=True) for line in BLOCKS.splitlines() + re.findall(r"`(uv run [^`…]+)`", ALL)]
 COMMANDS = [line for line in LINES if line]  # of all pages, in blocks and in the text, as lists of words
 TRAIN = [line[line.index("train.py") + 1 :] for line in COMMANDS if "train.py" in line and "--help" not in line]
+VIT_S = {"model.embed_dim": 384, "model.depth": 12, "model.num_heads": 6, "model.patch_size": 14}
 PREDICT = [line[line.index("predict.py") + 1 :] for line in COMMANDS if "predict.py" in line]
 
 
@@ -57,9 +58,12 @@ def test_what_the_commands_run_is_there(argv):
 
 @pytest.mark.parametrize("argv", TRAIN, ids=" ".join)
 def test_the_commands_that_train_are_valid(argv):
-    """Flags, config files, keys and rewards exist, and the config that results passes the check."""
+    """Flags, config files, keys and rewards exist, and the config that results passes the check; pretrained weights are
+    those of a ViT-S."""
     args = parse(argv)
-    _, task = configure((args.config, read_yaml(args.config)), ("README", dict(map(parse_override, args.overrides))))
+    keys = dict(map(parse_override, args.overrides))
+    of_file = VIT_S if str(keys.get("model.checkpoint_path")).endswith(".pth") else {}
+    _, task = configure((args.config, read_yaml(args.config)), ("weights", of_file), ("README", keys))
     assert load_rewards(task)
 
 

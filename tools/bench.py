@@ -343,9 +343,8 @@ def memory_plan(task: Task, world: int = 1) -> dict[str, float]:
     little more than keys and values."""
     config = task.config
     model, training = SimpleNamespace(**config["model"]), build.sections(config)[2]
-    shape = {k: v for k, v in config["model"].items() if k not in ("num_classes", "checkpoint_path", "compile")}
     with torch.device("meta"):
-        params = sum(p.numel() for p in VisionTransformer(**shape, num_classes=1000).parameters())
+        params = sum(p.numel() for p in VisionTransformer(**build.shape_of(config), num_classes=1000).parameters())
     tokens = 1 + (model.image_size // model.patch_size) ** 2
     stochastic = model.depth if model.dropout_blocks is None else model.dropout_blocks
     passes = config["rollout"]["num_mc_samples"]
