@@ -5,12 +5,15 @@ import copy
 import inspect
 import math
 import os
+import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from checkpoint import load_checkpoint
 from config import SCHEMA, Key, Schema, check, flatten, load_user_file, one_line, parse_override, read_yaml
@@ -73,6 +76,44 @@ def configure(*layers: tuple[str, dict]) -> tuple[dict, Task]:
     return config, task(config)
 
 
+def check_parameters(name: str, reward: Callable) -> None:
+    """Raises InputError unless `reward` can be called with four arguments."""
+    try:
+        signature = inspect.signature(reward)
+        signature.bind(*range(4))
+    except ValueError:  # of a function that is not Python's
+        return
+    except TypeError:
+        wanted = "(actions, outputs, targets, metadata)"
+        raise InputError(f"rollout.reward: {name} takes {signature}; expected four parameters {wanted}") from None
+
+
+def copied(value: Any) -> Any:
+    """A tensor, list or dict that can be written into without harm; anything else as it is."""
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    return value.clone() if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value
+
+
+def guarded(name: str, reward: Callable) -> Callable:
+    """A user's reward that cannot hurt: it gets copies, and an error inside it is an InputError that names the reward
+    and the line."""
+
+    def call(*arguments: Any) -> Any:
+        try:
+            return reward(*map(copied, arguments))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)[1:]
+            code = getattr(reward, "__code__", None)
+            own = [frame for frame in frames if code and frame.filename == code.co_filename] or frames
+            where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+            raise InputError(f"rollout.reward: {name}: {type(error).__name__}: {one_line(error)}{where}") from error
+
+    return call
+
+
 def load_rewards(task: Task) -> dict[str, tuple[Reward, float]]:
     """rollout.reward, name -> weight, as name -> (function, weight). A name is one of the task's rewards, or
     path/to/file.py:function. Raises InputError."""
@@ -83,7 +124,9 @@ def load_rewards(task: Task) -> dict[str, tuple[Reward, float]]:
         if not callable(reward):
             where = f"in {path}" if colon else f"in {', '.join(task.rewards)}; your own is path/to/file.py:function"
             raise InputError(f"rollout.reward: no function {function} {where}")
-        rewards[name] = reward, weight
+        check_parameters(name, reward)
+        ours = not colon and type(task) in TASKS.values()
+        rewards[name] = reward if ours else guarded(name, reward), weight
     return rewards
 
 

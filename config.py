@@ -250,13 +250,17 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def load_file(path: str) -> ModuleType:
-    """A user's Python file as a module, executed once as long as it does not change. A worker process finds it again
-    by its path (`images.py`), since its name cannot be imported. Raises what the file raises."""
+    """A user's Python file as a module, executed once as long as it does not change. It may import the modules beside
+    it, but for those with the name of one of ours. A worker process finds it again by its path (`images.py`), since its
+    name cannot be imported. Raises what the file raises."""
     if not path.endswith(".py"):
         raise ImportError("its name should end in .py")
     name = f"file_{hashlib.blake2b(os.path.abspath(path).encode(), digest_size=8).hexdigest()}"
     stat = os.stat(path)
     version = stat.st_mtime_ns, stat.st_size
+    folder = os.path.dirname(os.path.abspath(path))
+    if folder not in sys.path:
+        sys.path.append(folder)  # at the end, and for good: a function may import when it is called
     if name in sys.modules and sys.modules[name].loaded_by_path == version:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
