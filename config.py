@@ -72,7 +72,13 @@ SCHEMA: dict[str, Key] = {  # of every run; a task has further keys of its own (
     "data.cache_limit_gb": Key(4.0, float, "what fits, for cache: auto, in GB", **at_least(0)),
     "rollout.num_mc_samples": Key(4, int, "T, Monte Carlo Dropout passes per image", **at_least(1)),
     "rollout.actions_per_sample": Key(16, int, "A, actions drawn per pass (1 for action: argmax)", **at_least(1)),
-    "rollout.action": Key("sample", str, "draws from the policy, or its mode", **one_of("sample", "argmax")),
+    "rollout.action": Key(
+        "sample",
+        str,
+        "draws from the policy, its mode, or each choice by its weight",
+        **one_of("sample", "argmax", "all"),
+    ),
+    "rollout.max_choices": Key(1000, int, "the most choices of an element for action: all", **at_least(2)),
     "rollout.advantage": Key("maxrl", str, "advantage estimator", **one_of("grpo", "rloo", "maxrl")),
     "rollout.reward": Key(
         None,

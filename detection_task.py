@@ -221,6 +221,15 @@ class ClassAndBox(Distribution):
     def mode(self) -> Tensor:
         return pack(self.classes.mode, self.boxes.mode)
 
+    def every_choice(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of `choices.py`: each class with the mean box, [K + 1, ..., 2, P, 4]; log π of it, [K + 1, ..., 2, P]
+        (of a box, which has no choices, that of K + 1 equal ones); and that classes alone are categorical, [2, 1]."""
+        logits = self.classes.logits.movedim(-1, 0)  # [K + 1, ..., P]
+        boxes = self.boxes.mean.expand(len(logits), *self.boxes.mean.shape)
+        actions = pack(self.classes.enumerate_support(), boxes)
+        log_probs = torch.stack([logits, torch.full_like(logits, -math.log(len(logits)))], -2)
+        return actions, log_probs, torch.tensor([[True], [False]], device=logits.device)
+
 
 @register_kl(ClassAndBox, ClassAndBox)
 def kl_class_and_box(p: ClassAndBox, q: ClassAndBox) -> Tensor:

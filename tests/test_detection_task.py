@@ -13,8 +13,10 @@ from torch.distributions import Categorical, Normal, kl_divergence
 from torch.nn.functional import cross_entropy, one_hot
 
 import detection_task as det
+import grpo
 from build import configure
 from coco_ap import average_precision
+from data_types import TensorMiniBatch
 from grpo import action_log_prob, nll, sample_actions
 from images import ordered_batches
 
@@ -221,6 +223,31 @@ def test_samples_have_the_policys_mean_and_std_and_classes():
     assert torch.allclose(one_hot(labels, K + 1).float().mean(0), policy.classes.probs[0, 0], atol=0.04)
     assert torch.equal(policy.mode[0, 0, 0, :, 0], outputs[0, 0, :, :-4].argmax(-1).float())
     assert torch.equal(policy.mode[0, 0, 1], outputs[0, 0, :, -4:])
+
+
+def test_every_choice_is_a_class_and_the_boxes_are_sampled():
+    """With action: all the classes' gradient is that of the expected reward over each patch's classes, the boxes' is
+    that of their draws; what does not count is in neither."""
+    outputs = outputs_and_actions()[0].double().requires_grad_()
+    targets, counted = TARGETS.expand(2, -1, -1, -1), torch.rand(2, 2, 16, generator=torch.manual_seed(0)) < 0.7
+    batch = TensorMiniBatch(torch.zeros(2), targets, {}, counted)
+    network = type("Net", (), {"sample_masks": lambda self, B, T: {}, "__call__": lambda self, x, masks: outputs})()
+    how = grpo.RolloutSettings(2, 3, "all", "rloo")
+    episode = grpo.rollout(network, batch, {"r": (det.detection_reward, 1.0)}, det.box_policy_adapter, how)
+    assert episode.actions.shape == (2, 2, 3, 2, 16, 4) and episode.log_probs.shape == (2, 2, 3 + K + 1, 2, 16)
+    loss, _ = grpo.policy_loss(episode, episode.policy, episode.log_probs, grpo.UpdateSettings())
+    gradient = torch.autograd.grad(loss, outputs, retain_graph=True)[0]
+    probs, right = outputs[..., :-4].softmax(-1), targets[:, 0, :, 0].long()
+    expected = probs.gather(-1, right[:, None, :, None].expand(-1, 2, -1, -1))[..., 0]  # [B, T, P]
+    iou = det.detection_reward(episode.actions, None, targets, {})[..., 1, :]
+    advantages = iou - iou.mean((1, 2), keepdim=True)
+    log_probs = action_log_prob(det.box_policy_adapter(outputs), episode.actions)[..., 1, :]
+    total = (expected * counted[:, None, 0]).sum() / 2 + (advantages * log_probs * counted[:, None, None, 1]).sum() / 6
+    exact = torch.autograd.grad(-total / counted.sum(), outputs)[0]
+    assert torch.allclose(gradient, exact, atol=1e-9) and exact[..., :-4].norm() > 1e-3 < exact[..., -4:].norm()
+    metrics = grpo.rollout_metrics(episode)
+    each = (expected.mean(1) * counted[:, 0]).sum(-1) + (iou.mean((1, 2)) * counted[:, 1]).sum(-1)
+    assert torch.allclose(metrics["group_rewards"], each / counted.flatten(1).sum(1))
 
 
 def test_supervised_losses():

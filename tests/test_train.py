@@ -314,6 +314,7 @@ def test_without_an_eval_folder_it_trains_and_says_so(capsys):
 
 REGULAR = ["training.kl_coef=0.1", "training.update_epochs=2", "data.augment=true", "training.micro_batch_size=5"]
 ARGMAX = ["rollout.action=argmax", "training.entropy_coef=0.1"]
+ALL = ["rollout.action=all", "training.update_epochs=2", "training.micro_batch_size=5"]
 
 
 @pytest.mark.parametrize(
@@ -322,11 +323,12 @@ ARGMAX = ["rollout.action=argmax", "training.entropy_coef=0.1"]
         ("classification", [], []),
         ("classification", ["data.augment=true"], ["data.num_workers=1", "data.cache=never"]),
         ("classification", REGULAR + ARGMAX, []),
+        ("classification", ALL, []),
         ("classification", ["training.layer_decay=0.7", "training.freeze_blocks=1", "training.kl_coef=0.1"], []),
         ("segmentation", REGULAR, []),
-        ("segmentation", ARGMAX, []),
+        ("segmentation", [*ALL, "rollout.reward=pixel_reward"], []),
         ("detection", REGULAR, []),
-        ("detection", ARGMAX, []),
+        ("detection", ALL, []),
     ],
 )
 def test_stopped_in_mid_epoch_and_resumed_it_is_the_run_in_one_piece(capsys, monkeypatch, task, keys, loader):
@@ -519,6 +521,22 @@ def test_micro_batches_of_rewards(monkeypatch):
     assert set(scalars()["policy/ratio"].values()) == {1.0}
     assert events().Histograms("groups/success_rate")[0].histogram_value.num == 16
     assert ckpt()["rows"] == [] and ckpt()["step"] == 12
+
+
+def test_every_choice_with_one_pass_is_the_label(monkeypatch):
+    """config_digits.yaml in float64: maxrl's 0/1 reward, taken exactly, is cross-entropy, step by step."""
+    monkeypatch.setattr("images.per_channel", lambda values, device: torch.tensor(values)[:, None, None] * 255)
+    keys = ["--config", str(ROOT / "config_digits.yaml"), "training.steps=10", "training.batch_size=16"]
+    keys += ["data.train_dir=train", "data.eval_dir=null", "data.num_workers=0", "training.device=cpu"]
+    torch.set_default_dtype(torch.float64)
+    try:
+        for name in ("rollout.action=all", "training.objective=supervised"):
+            assert train.main([*keys, name, "rollout.num_mc_samples=1", f"training.run_name={name.split('=')[1]}"]) == 0
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, tensor in ckpt("supervised")["model"].items():
+        torch.testing.assert_close(ckpt("all")["model"][name], tensor, atol=1e-9, rtol=0)
+    assert scalars("all")["loss"][10] != 0 and tensor.dtype == torch.float64
 
 
 def test_compiled(monkeypatch):
