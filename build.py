@@ -24,6 +24,7 @@ from images import BadImages, Batches, ImageDataset, Loading, keep_decoded, orde
 from pretrained import load_weights
 from processes import rank_and_world
 from report import Console
+from scores import READY, ConfusionScore
 from segmentation_task import Segmentation
 from vision_task import Classification, Task
 from vit_model import VisionTransformer
@@ -76,16 +77,21 @@ def configure(*layers: tuple[str, dict]) -> tuple[dict, Task]:
     return config, task(config)
 
 
-def check_parameters(name: str, reward: Callable) -> None:
-    """Raises InputError unless `reward` can be called with four arguments."""
+def is_score(name: str, function: Callable) -> bool:
+    """Whether a function is a score of the confusion matrix, as one parameter says, or a reward, of four parameters.
+    Raises InputError if it is neither."""
     try:
-        signature = inspect.signature(reward)
+        signature = inspect.signature(function)
+        needed = [p for p in signature.parameters.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+        if len(needed) == 1 and needed[0].kind in (needed[0].POSITIONAL_ONLY, needed[0].POSITIONAL_OR_KEYWORD):
+            return True
         signature.bind(*range(4))
     except ValueError:  # of a function that is not Python's
-        return
+        return False
     except TypeError:
-        wanted = "(actions, outputs, targets, metadata)"
-        raise InputError(f"rollout.reward: {name} takes {signature}; expected four parameters {wanted}") from None
+        wanted = "four parameters (actions, outputs, targets, metadata), or one: (confusion)"
+        raise InputError(f"rollout.reward: {name} takes {signature}; expected {wanted}") from None
+    return False
 
 
 def copied(value: Any) -> Any:
@@ -115,18 +121,21 @@ def guarded(name: str, reward: Callable) -> Callable:
 
 
 def load_rewards(task: Task) -> dict[str, tuple[Reward, float]]:
-    """rollout.reward, name -> weight, as name -> (function, weight). A name is one of the task's rewards, or
-    path/to/file.py:function. Raises InputError."""
+    """rollout.reward, name -> weight, as name -> (function, weight). A name is one of the task's rewards, a score that
+    is ready in `scores.py`, or path/to/file.py:function of either kind. Raises InputError."""
     rewards = {}
     for name, weight in (task.config["rollout"]["reward"] or {next(iter(task.rewards)): 1.0}).items():
         path, colon, function = name.rpartition(":")
-        reward = getattr(load_user_file(path, "rollout.reward"), function, None) if colon else task.rewards.get(name)
+        known = READY | task.rewards
+        reward = getattr(load_user_file(path, "rollout.reward"), function, None) if colon else known.get(name)
         if not callable(reward):
-            where = f"in {path}" if colon else f"in {', '.join(task.rewards)}; your own is path/to/file.py:function"
+            names = ", ".join([*task.rewards, *READY])
+            where = f"in {path}" if colon else f"in {names}; your own is path/to/file.py:function"
             raise InputError(f"rollout.reward: no function {function} {where}")
-        check_parameters(name, reward)
-        ours = not colon and type(task) in TASKS.values()
-        rewards[name] = reward if ours else guarded(name, reward), weight
+        one_parameter = is_score(name, reward)
+        if colon or type(task) not in TASKS.values():
+            reward = guarded(name, reward)
+        rewards[name] = ConfusionScore(name, reward, task) if one_parameter else reward, weight
     return rewards
 
 

@@ -107,13 +107,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 class Progress:
     """What is carried from step to step beside the weights; all of it is in the checkpoint. step: how many are done.
     best_metric: of best.pt. live_share: of live groups, at the last log. dead_steps: the last ones without a live
-    group. rows: `update_policy`'s metrics since the last log."""
+    group. rows: `update_policy`'s metrics since the last log. confusions: the state of each `ConfusionScore`."""
 
     step: int = 0
     best_metric: float = -math.inf
     live_share: float = 1.0
     dead_steps: int = 0
     rows: list[dict[str, Tensor]] = field(default_factory=list)
+    confusions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 def restore(state: dict[str, Any], optimizer: torch.optim.Optimizer, config: dict) -> Progress:
@@ -132,7 +133,7 @@ def restore(state: dict[str, Any], optimizer: torch.optim.Optimizer, config: dic
     for group, own in zip(optimizer.param_groups, kept):
         group |= own
     state = {"best_metric": state.get("best_figure", state.get("best_accuracy", -math.inf))} | state  # older names
-    progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
+    progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__ if name in state})
     device = optimizer.param_groups[0]["params"][0].device
     progress.rows = [{name: value.to(device) for name, value in row.items()} for row in progress.rows]
     return progress

@@ -28,6 +28,7 @@ from evaluation import evaluate, metrics_line
 from grpo import rollout, size_of, update_policy
 from images import BadImages, Loading, epoch_order, fingerprint, micro_batches, stream_batches
 from report import Clock, Console, Log, count_dead_steps, log_interval, read_rows
+from scores import open_scores
 
 REPLAY_BELOW = 0.6  # share of live groups below which a forward pass without a graph + a replay of the live is cheaper
 
@@ -97,6 +98,7 @@ def train(args: argparse.Namespace) -> int:
         part=slice(rank * per_rank, (rank + 1) * per_rank),
     )
     eval_batches = build.open_eval_batches(eval_set, task, bad_images, keep=cache)
+    confusions = open_scores(rewards, train_set, progress.confusions)
     mirror = task.mirror if data.augment else None
 
     # Train: rollout -> reward -> update -> log -> evaluate -> save.
@@ -116,6 +118,8 @@ def train(args: argparse.Namespace) -> int:
         metrics = update_policy(
             network, optimizer, episodes, policy, settings, batch_size=batch_size, reference=reference_network
         )
+        for confusion in confusions:
+            confusion.update()
         progress.rows.append(processes.share_metrics(metrics))
         progress.step = done = step + 1
         stopping = processes.agreed(stop, control)

@@ -90,7 +90,7 @@ def test_a_task_is_configured_by_name():
         ("nope.py:f", "nope.py cannot be loaded ([Errno 2] No such file or directory: "),
         ("rewards.py:nope", "no function nope in rewards.py"),
         ("rewards.py:number", "no function number in rewards.py"),
-        ("pixel_reward", "no function pixel_reward in classification_reward; your own is path/to/file.py:function"),
+        ("pixel_reward", "no function pixel_reward in classification_reward, macro_f1, balanced_accuracy, g_mean, "),
         ("broken.py:f", "broken.py cannot be loaded (expected ':' (broken.py, line 1))"),
         ("raising.py:f", "raising.py cannot be loaded (division by zero)"),
         ("rewards.txt:f", "rewards.txt cannot be loaded (its name should end in .py)"),

@@ -298,6 +298,7 @@ def test_restore(name):
     rows = [{"loss": torch.tensor(2.0)}]
     saved = {"step": 7, name: 0.5, "live_share": 0.25, "dead_steps": 3, "rows": rows, "optimizer": before.state_dict()}
     progress = restore(saved, after, {})
-    assert same(vars(progress), {"step": 7, "best_metric": 0.5, "live_share": 0.25, "dead_steps": 3, "rows": rows})
+    expected = {"step": 7, "best_metric": 0.5, "live_share": 0.25, "dead_steps": 3, "rows": rows, "confusions": {}}
+    assert same(vars(progress), expected)
     assert same(after.state_dict()["state"], before.state_dict()["state"])
     assert after.param_groups[0]["weight_decay"] == 0.2

@@ -37,6 +37,7 @@ import itertools, torch
 calls = itertools.count(1)
 right = lambda actions, outputs, targets, metadata: (actions == targets[:, None, None]).float()
 one = lambda actions, *_: torch.ones(actions.shape)
+steps = lambda confusion: confusion.trace().round()  # a score of the confusion matrix, which is flat
 rare = lambda actions, *others: right(actions, *others) * (actions == 0)  # groups of class 0 alone can be live
 flat = lambda *arguments: right(*arguments).mean(2)
 nan = lambda *arguments: right(*arguments) * (torch.nan if next(calls) > 4 else 1)
@@ -315,6 +316,7 @@ def test_without_an_eval_folder_it_trains_and_says_so(capsys):
 REGULAR = ["training.kl_coef=0.1", "training.update_epochs=2", "data.augment=true", "training.micro_batch_size=5"]
 ARGMAX = ["rollout.action=argmax", "training.entropy_coef=0.1"]
 ALL = ["rollout.action=all", "training.update_epochs=2", "training.micro_batch_size=5"]
+MACRO_F1 = "rollout.reward={classification_reward: 1, macro_f1: 0.5}"
 
 
 @pytest.mark.parametrize(
@@ -323,7 +325,7 @@ ALL = ["rollout.action=all", "training.update_epochs=2", "training.micro_batch_s
         ("classification", [], []),
         ("classification", ["data.augment=true"], ["data.num_workers=1", "data.cache=never"]),
         ("classification", REGULAR + ARGMAX, []),
-        ("classification", ALL, []),
+        ("classification", [*ALL, MACRO_F1], []),
         ("classification", ["training.layer_decay=0.7", "training.freeze_blocks=1", "training.kl_coef=0.1"], []),
         ("segmentation", REGULAR, []),
         ("segmentation", [*ALL, "rollout.reward=pixel_reward"], []),
@@ -587,6 +589,10 @@ def test_start_from_supervised_weights(capsys):
         (["training.device=abacus"], "training.device: abacus is not available here ("),
         (["data.train_dir=odd", "data.eval_dir=null", "data.num_workers=1"], "odd/0/bad.png: not a readable image ("),
         (["training.log_dir=rewards.py"], "[Errno 20] Not a directory: "),
+        (
+            ["rollout.reward=rewards.py:steps"],
+            "rollout.reward: rewards.py:steps has gradient 0 for ",
+        ),
         (["rollout.reward=rewards.py:flat"], "rollout.reward: rewards.py:flat returned a tensor of shape [16, 2]; "),
     ],
 )
