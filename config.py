@@ -105,6 +105,7 @@ SCHEMA: dict[str, Key] = {  # of every run; a task has further keys of its own (
     "training.update_epochs": Key(1, int, "optimizer steps per rollout", **at_least(1)),
     "training.kl_coef": Key(0.0, float, "weight of KL(policy || the model training started from)", **at_least(0)),
     "training.entropy_coef": Key(0.0, float, "weight of the entropy bonus", **at_least(0)),
+    "training.label_coef": Key(0.0, float, "weight of the supervised loss beside the rewards'", **at_least(0)),
     "training.device": Key("auto", str, "auto (cuda, mps, cpu in this order), cpu, cuda, cuda:1, mps"),
     "training.dtype": Key("auto", str, "auto: bfloat16 where the GPU has it", **one_of("auto", "float32", "bfloat16")),
     "training.seed": Key(0, int, "all randomness is a function of it", **at_least(0)),

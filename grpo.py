@@ -89,8 +89,9 @@ class RolloutSettings:
 class UpdateSettings:
     """What is minimised, and how.
 
-    objective: `grpo`, clipped surrogate + kl_coef * KL(policy || reference) - entropy_coef * entropy; or `supervised`,
-        supervised_loss(policy, targets) under the same passes, per element, with the same two terms.
+    objective: `grpo`, clipped surrogate + label_coef * supervised_loss + kl_coef * KL(policy || reference) -
+        entropy_coef * entropy; or `supervised`, supervised_loss(policy, targets) under the same passes, per element,
+        with the last two terms.
     clip_low, clip_high: the ratio is clipped to 1 - clip_low … 1 + clip_high. update_epochs: steps per rollout.
     max_grad_norm: of all gradients. micro_batch_size: images at a time in a replay. pad_to: see `select_live`.
     """
@@ -102,6 +103,7 @@ class UpdateSettings:
     update_epochs: int = 1
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
+    label_coef: float = 0.0
     max_grad_norm: float = 1.0
     micro_batch_size: int = 64
     pad_to: int = 1
@@ -109,7 +111,7 @@ class UpdateSettings:
     @property
     def may_replay(self) -> bool:
         """Whether an image without a live group has no gradient, so that it needs no backward pass."""
-        return self.objective == "grpo" and self.kl_coef == self.entropy_coef == 0
+        return self.objective == "grpo" and self.kl_coef == self.entropy_coef == self.label_coef == 0
 
 
 # --- Elements that count ----------------------------------------------------------------------------------------------
@@ -382,15 +384,17 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean loss over an episode's images, passes, actions and counted elements, and what is worth logging. policy,
     log_probs: of the current weights, under the episode's masks; episode.log_probs are the old ones."""
-    log, counted = {}, episode.counted
-    if settings.objective == "supervised":
+    log, counted, loss = {}, episode.counted, 0
+    supervised = settings.objective == "supervised"
+    if supervised or settings.label_coef:
         targets = episode.metadata["targets"]  # [B, E…] -> an action of each pass, [B, T, 1, E…]
         targets = targets[:, None, None].expand(len(targets), log_probs.shape[1], 1, *targets.shape[1:])
-        loss = mean_counted(settings.supervised_loss(policy, targets), counted)
-    else:
+        label_loss = mean_counted(settings.supervised_loss(policy, targets), counted)
+        loss = label_loss if supervised else settings.label_coef * label_loss
+    if not supervised:
         clip = settings.clip_low, settings.clip_high
         losses, ratio, clipped = clipped_loss(log_probs, episode.log_probs.detach(), episode.advantages, *clip)
-        loss, measured = mean_counted(losses, counted), [ratio.detach(), clipped.to(ratio.dtype)]
+        loss, measured = loss + mean_counted(losses, counted), [ratio.detach(), clipped.to(ratio.dtype)]
         if episode.weights is not None:
             measured = [episode.weights * values for values in measured]
         log = dict(zip(("policy/ratio", "policy/clip_fraction"), (mean_counted(x, counted) for x in measured)))

@@ -157,6 +157,7 @@ def test_a_reward_may_import_what_lies_beside_it(tmp_path):
 def test_settings_are_those_of_the_config():
     """Every field; live groups are padded only where shapes are compiled."""
     fields = {"clip_low": 0.1, "clip_high": 0.4, "update_epochs": 2, "kl_coef": 0.5, "entropy_coef": 0.25}
+    fields["label_coef"] = 0.125
     fields |= {"max_grad_norm": 2.0, "objective": "supervised"}
     task = make_task(**{f"training__{name}": value for name, value in fields.items()})
     own = {"supervised_loss": task.supervised_loss, "micro_batch_size": 8, "pad_to": 1}

@@ -703,7 +703,7 @@ def test_ratios_are_one_under_the_rollouts_masks_and_not_under_others(keep_graph
 @pytest.mark.parametrize("keep_graph", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "options", [{}, {"kl_coef": 0.7, "entropy_coef": 0.3}, {"objective": "supervised"}, {"update_epochs": 2}]
+    "options", [{}, {"kl_coef": 0.7, "label_coef": 0.3}, {"objective": "supervised"}, {"update_epochs": 2}]
 )
 def test_micro_batches_and_replays_give_the_batchs_gradient(options, kind, keep_graph):
     """For given masks and actions, uneven parts, in one of which nothing may count, accumulate the gradient of one pass
@@ -776,18 +776,20 @@ def squares(policy, targets):  # [B, T, 1, E…]
         ("entropy", {"entropy_coef": 0.3}),
         ("supervised", {"objective": "supervised"}),
         ("squares", {"objective": "supervised", "supervised_loss": squares}),
+        ("label", {"label_coef": 0.6, "supervised_loss": squares}),
     ],
 )
 def test_each_term_of_the_loss(term, options, kind, keep_graph):
     """Value and gradient of the policy gradient, of the exact KL to the reference under the same masks, of the entropy,
-    of the cross-entropy to the targets and of another loss: means over images, passes and what counts, dead groups
-    included; the reference gets no gradient."""
+    of the cross-entropy to the targets, of another loss, and of that beside the policy gradient: means over images,
+    passes and what counts, dead groups included; the reference gets no gradient."""
     model, batch = model_and_batch(kind)
     reference = copy.deepcopy(model)
     with keyed_rng("reference"), torch.no_grad():
         for p in reference.parameters():
             p.add_(0.05 * torch.randn(p.shape))
-    episode = roll(model, batch, correct if term == "reward" else constant, T=3, A=1, keep_graph=keep_graph)
+    rewarded = correct if term in ("reward", "label") else constant
+    episode = roll(model, batch, rewarded, T=3, A=1, keep_graph=keep_graph)
     shape = 4, 3, *batch.targets.shape[1:], -1
     log_p, log_q = (m(batch.inputs, episode.masks).view(shape).log_softmax(-1) for m in (model, reference))
     targets = batch.targets[:, None].expand(log_p.shape[:-1])
@@ -798,6 +800,7 @@ def test_each_term_of_the_loss(term, options, kind, keep_graph):
         "entropy": lambda: 0.3 * (log_p.exp() * log_p).sum(-1),
         "supervised": lambda: F.cross_entropy(log_p.flatten(0, -2), targets.flatten(), reduction="none"),
         "squares": lambda: (log_p[..., 1] - targets) ** 2,
+        "label": lambda: 0.6 * (log_p[..., 1] - targets) ** 2 - episode.advantages.squeeze(2) * ratio,
     }[term]()
     each = each.view(targets.shape).mean(1)  # [B, E…]
     loss = (each[COUNTED] if kind == "counted" else each).mean()
