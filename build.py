@@ -19,6 +19,7 @@ from checkpoint import load_checkpoint
 from config import SCHEMA, Key, Schema, check, flatten, load_user_file, one_line, parse_override, read_yaml
 from data_types import InputError
 from detection_task import Detection
+from evaluation import evaluate
 from grpo import Reward, RolloutSettings, UpdateSettings, keyed_rng
 from images import BadImages, Batches, ImageDataset, Loading, keep_decoded, ordered_batches
 from pretrained import load_weights
@@ -120,23 +121,40 @@ def guarded(name: str, reward: Callable) -> Callable:
     return call
 
 
+def load_reward(task: Task, name: str) -> Reward:
+    """One of the task's rewards, a score that is ready in `scores.py`, or path/to/file.py:function of either kind.
+    Raises InputError."""
+    path, colon, function = name.rpartition(":")
+    known = READY | task.rewards
+    reward = getattr(load_user_file(path, "rollout.reward"), function, None) if colon else known.get(name)
+    if not callable(reward):
+        where = f"in {path}" if colon else f"in {', '.join(task.rewards | READY)}; your own is path/to/file.py:function"
+        raise InputError(f"rollout.reward: no function {function} {where}")
+    one_parameter = is_score(name, reward)
+    if colon or type(task) not in TASKS.values():
+        reward = guarded(name, reward)
+    return ConfusionScore(name, reward, task) if one_parameter else reward
+
+
 def load_rewards(task: Task) -> dict[str, tuple[Reward, float]]:
-    """rollout.reward, name -> weight, as name -> (function, weight). A name is one of the task's rewards, a score that
-    is ready in `scores.py`, or path/to/file.py:function of either kind. Raises InputError."""
-    rewards = {}
-    for name, weight in (task.config["rollout"]["reward"] or {next(iter(task.rewards)): 1.0}).items():
-        path, colon, function = name.rpartition(":")
-        known = READY | task.rewards
-        reward = getattr(load_user_file(path, "rollout.reward"), function, None) if colon else known.get(name)
-        if not callable(reward):
-            names = ", ".join([*task.rewards, *READY])
-            where = f"in {path}" if colon else f"in {names}; your own is path/to/file.py:function"
-            raise InputError(f"rollout.reward: no function {function} {where}")
-        one_parameter = is_score(name, reward)
-        if colon or type(task) not in TASKS.values():
-            reward = guarded(name, reward)
-        rewards[name] = ConfusionScore(name, reward, task) if one_parameter else reward, weight
-    return rewards
+    """rollout.reward, name -> weight, as name -> (function, weight); null is the task's first. Raises InputError."""
+    weights = task.config["rollout"]["reward"] or {next(iter(task.rewards)): 1.0}
+    return {name: (load_reward(task, name), weight) for name, weight in weights.items()}
+
+
+def load_eval_rewards(task: Task, rewards: dict[str, tuple[Reward, float]]) -> dict[str, tuple[Reward, float]]:
+    """The run's rewards, and training.best with weight 0 if that names a score of the confusion matrix. Raises
+    InputError."""
+    name = task.config["training"]["best"]
+    if not name or name.startswith(("eval/", "eval_mc/")) or name in rewards:
+        return rewards
+    try:
+        score = load_reward(task, name)
+    except InputError as error:
+        raise InputError(f"training.best: {str(error).removeprefix('rollout.reward: ')}") from None
+    if not isinstance(score, ConfusionScore):
+        raise InputError(f"training.best: {name}: expected a metric, as eval/nll, or a score of the confusion matrix")
+    return rewards | {name: (score, 0.0)}
 
 
 def sections(config: dict) -> tuple[SimpleNamespace, ...]:
@@ -282,6 +300,15 @@ def open_eval_batches(
     loading = Loading(data.num_workers, pick_device(training.device).type == "cuda", on_bad, bad_images)
     size = training.micro_batch_size or training.batch_size
     return Batches(partial(ordered_batches, dataset, size, loading, *rank_and_world()), keep)
+
+
+def check_best(task: Task, network: nn.Module, batches: Batches | None, eval_set: ImageDataset | None) -> None:
+    """Raises InputError now, not at the first evaluation, if training.best is a metric that one batch has not. (That of
+    a single class may be missing from a batch.)"""
+    name = task.config["training"]["best"] or ""
+    of_all = name.startswith(("eval/", "eval_mc/")) and name.count("/") == 1
+    if batches and of_all and len(batch := next(iter(batches), ())):
+        task.best_metric(evaluate(task, network, [batch], eval_set).metrics() | {"eval/reward": 0.0})
 
 
 def open_data(task: Task, state: dict | None, console: Console) -> tuple[ImageDataset, ImageDataset | None, bool]:

@@ -114,6 +114,13 @@ SCHEMA: dict[str, Key] = {  # of every run; a task has further keys of its own (
     "training.run_name": Key(None, str, "null: the config file's name", **FOLDER),
     "training.log_interval": Key(10, int, "steps between points in TensorBoard", **at_least(1)),
     "training.eval_interval": Key(100, int, "steps between evaluations", **at_least(1)),
+    "training.best": Key(
+        None,
+        str,
+        "chooses best.pt: a metric, as eval/nll, or a score of the confusion matrix; null: eval/reward, or the task's "
+        "own metric where the reward is its first",
+    ),
+    "training.patience": Key(None, int, "ends the run after so many evaluations without a better one", **at_least(1)),
     "training.save_interval": Key(200, int, "steps between checkpoints", **at_least(1)),
     "training.keep_checkpoints": Key(3, int, "step_*.pt files to keep; last.pt and best.pt stay", **at_least(1)),
 }

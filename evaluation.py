@@ -65,11 +65,14 @@ def accuracy_of_kept(uncertainty: Tensor, right: Tensor) -> Tensor:
 
 
 def metrics_line(metrics: dict[str, float]) -> str:
-    """The metrics but those of single classes, on one line."""
+    """The metrics but those of single classes, on one line; the sum of the rewards if there are several."""
     parts = {"eval": [], "eval_mc": []}
+    rewards = [key for key in metrics if key.startswith("eval/reward/")]
     for key, value in metrics.items():
         predictor, _, name = key.partition("/")
-        if "/" not in name:
+        if key in rewards:
+            parts[predictor].append(f"{name.rpartition(':')[2].removeprefix('reward/')} {value:.4f}")
+        elif "/" not in name and (name != "reward" or len(rewards) > 1):
             parts[predictor].append(f"{WRITTEN.get(name, name.replace('_', ' '))} {value:.4f}")
     return f"{' '.join(parts['eval'])} (mean over passes: {' '.join(parts['eval_mc'])})"
 
@@ -175,10 +178,16 @@ class DenseEvaluation(Evaluation):
 
 @torch.no_grad()
 def evaluate(
-    task, network, batches: Iterable[TensorMiniBatch], dataset: Dataset, group: dist.ProcessGroup | None = None
+    task,
+    network,
+    batches: Iterable[TensorMiniBatch],
+    dataset: Dataset,
+    group: dist.ProcessGroup | None = None,
+    rewards=None,
 ) -> Evaluation:
     """The task's `Evaluation` over all batches, on the network's device. network: see `Task.network`. group: where
-    several processes have every world-th batch; rank 0's evaluation is of them all, those of the others are empty."""
+    several processes have every world-th batch; rank 0's evaluation is of them all, those of the others are empty.
+    rewards: a `scores.RewardEvaluation` that sees the same."""
     config, evaluation, device = task.config, task.evaluation(dataset), next(network.parameters()).device
 
     def outputs() -> Iterator[tuple[TensorMiniBatch, Tensor, Tensor]]:
@@ -193,6 +202,8 @@ def evaluate(
     size = min(config["training"]["micro_batch_size"] or config["training"]["batch_size"], len(dataset))
     for row in gathered(outputs(), math.ceil(len(dataset) / size), group) if group else outputs():
         evaluation.add(*row)
+        if rewards:
+            rewards.add(*row)
     return evaluation
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical
 from torch.utils.data import Dataset
 
-from data_types import Credit, InputError
-from grpo import Reward
+from data_types import Credit, InputError, TensorMiniBatch
+from grpo import Reward, mean_per_image
 
 Score = Callable[[Tensor], Tensor]
 WINDOW = 256  # images: a row of the running confusion is the mean over about so many that hold its class
@@ -89,6 +89,16 @@ READY: dict[str, Score] = {
 
 
 # --- As a reward ------------------------------------------------------------------------------------------------------
+
+
+def count_confusion(targets: Tensor, probs: Tensor, counted: Tensor | None, tags: bool) -> Tensor:
+    """Elements by truth, spread over the predictions by probability: [K, K], or with `tags` a matrix for each element,
+    [E…, K, K]. targets: [B, E…]; probs: [B, E…, K]; counted: [B, E…] bool, None: all."""
+    truth = F.one_hot(targets.long(), probs.shape[-1]).to(probs.dtype)
+    truth = truth if counted is None else truth * counted[..., None]
+    if tags:
+        return torch.einsum("b...y,b...k->...yk", truth, probs)
+    return truth.flatten(0, -2).T @ probs.flatten(0, -2)
 
 
 def gradient(score: Score, confusion: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,16 +182,10 @@ class ConfusionScore:
         probs = self.task.probabilities(outputs).mean(1)  # [B, E…, K]
         if not hasattr(self, "prices"):
             self.start(outputs, targets, probs.shape[-1])
-        truth = F.one_hot(targets.long(), probs.shape[-1]).to(self.seen.dtype)  # [B, E…, K]
-        if (counted := metadata.get("counted")) is not None:
-            truth = truth * counted[..., None]
-        if self.tags:
-            seen = torch.einsum("b...y,b...k->...yk", truth, probs.to(truth.dtype))
-            values = torch.einsum("b...y,...yk->b...k", truth, self.prices)
-        else:
-            seen = truth.flatten(0, -2).T @ probs.to(truth.dtype).flatten(0, -2)
-            values = truth @ self.prices
+        seen = count_confusion(targets, probs.to(self.seen.dtype), metadata.get("counted"), self.tags)
         self.seen += torch.cat([seen.flatten(), self.seen.new_full((1,), len(targets))])
+        truth = F.one_hot(targets.long(), probs.shape[-1]).to(self.seen.dtype)  # [B, E…, K]
+        values = torch.einsum("b...y,...yk->b...k", truth, self.prices) if self.tags else truth @ self.prices
         values = values.unsqueeze(1).expand(-1, actions.shape[1], *values.shape[1:])
         return Credit(None, self.value.expand(actions.shape), values)
 
@@ -210,3 +214,46 @@ def open_scores(rewards: dict[str, tuple[Reward, float]], dataset: Dataset, stat
         score.labels, score.num_images = getattr(dataset, "targets", None), len(dataset)
         score.state = states.setdefault(score.name, {})
     return scores
+
+
+# --- In an evaluation -------------------------------------------------------------------------------------------------
+
+
+class RewardEvaluation:
+    """A run's rewards of the deterministic network's decisions, the mode of its policy, over an evaluation set: of a
+    reward the mean over the images, of a score of the confusion matrix that of the whole set."""
+
+    def __init__(self, task, rewards: dict[str, tuple[Reward, float]]):
+        self.task, self.rewards, self.num_images = task, rewards, 0
+        self.sums: dict[str, Tensor] = {}  # of the images' rewards, or a confusion matrix
+
+    def add(self, batch: TensorMiniBatch, outputs: Tensor, outputs_mc: Tensor) -> None:
+        """outputs: [B, …] of the deterministic network; outputs_mc: [B, T, …] of T passes."""
+        outputs = outputs.unsqueeze(1)  # one pass
+        policy = self.task.policy(outputs)
+        self.judge(batch, outputs, policy.mode.nan_to_num().unsqueeze(2))
+
+    def judge(self, batch: TensorMiniBatch, outputs: Tensor, actions: Tensor) -> None:
+        """outputs: [B, 1, …]; actions: [B, 1, 1, E…]."""
+        counted = {} if batch.counted is None else {"counted": batch.counted}
+        self.num_images += len(batch)
+        for name, (reward, _) in self.rewards.items():
+            if isinstance(reward, ConfusionScore):
+                tags = isinstance(self.task.policy(outputs[:1]), Bernoulli)
+                decided = F.one_hot(actions[:, 0, 0].long(), self.task.probabilities(outputs[:1]).shape[-1]).float()
+                value = count_confusion(batch.targets, decided, batch.counted, tags)
+            else:
+                value = reward(actions, outputs, batch.targets, batch.metadata | counted)
+                value = value.rewards if isinstance(value, Credit) else value
+                whole = value.ndim < actions.ndim or batch.counted is None
+                value = mean_per_image(value.float(), None if whole else batch.counted).sum()
+            self.sums[name] = self.sums.get(name, 0) + value.cpu().double()
+
+    def metrics(self) -> dict[str, float]:
+        """eval/reward/<name>, and eval/reward, their sum by their weights."""
+        values = {
+            name: float(reward.score(total) if isinstance(reward, ConfusionScore) else total / self.num_images)
+            for (name, total), (reward, _) in zip(self.sums.items(), self.rewards.values())
+        }
+        total = {"eval/reward": sum(weight * values[name] for name, (_, weight) in self.rewards.items())}
+        return (total if values else {}) | {f"eval/reward/{name}": value for name, value in values.items()}

@@ -18,6 +18,7 @@ import torch
 import yaml
 from conftest import ROOT, TINY, files, make_folders, make_scenes, refused, same
 from PIL import Image
+from sklearn.metrics import f1_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import build
@@ -277,6 +278,53 @@ def test_a_metric_below_zero_has_a_best_checkpoint_too(monkeypatch):
     monkeypatch.setattr(Classification, "metrics", lambda self, probs, targets: {"accuracy": -7.0})
     assert run("training.steps=3", "training.eval_interval=1") == 0
     assert ckpt("tiny/best.pt")["step"] == 1 and ckpt()["best_metric"] == -7
+
+
+def test_the_own_reward_is_evaluated_and_chooses_the_best(capsys):
+    """Of the deterministic network's decisions over the evaluation set; a run with a reward of its own goes by the sum,
+    --evaluate says the same; where the file is gone it warns."""
+    Path("mine.py").write_text("import torch\nlow = lambda actions, *_: (actions == 1).float()\n")
+    rewards = "rollout.reward={mine.py:low: 2, macro_f1: 0.5, classification_reward: 1}"
+    assert run(rewards, "training.learning_rate=1e-2", "training.eval_interval=2", "rollout.action=all") == 0
+    found, said = scalars(), capsys.readouterr().out.splitlines()[-2]
+    assert found["eval/reward/classification_reward"] == found["eval/accuracy"]
+    parts = zip(
+        *(found[f"eval/reward/{name}"].values() for name in ("mine.py:low", "macro_f1", "classification_reward"))
+    )
+    totals = [2 * low + 0.5 * f1 + right for low, f1, right in parts]
+    assert list(found["eval/reward"].values()) == pytest.approx(totals, abs=1e-6)
+    assert ckpt()["best_name"] == "eval/reward" and ckpt()["best_metric"] == pytest.approx(max(totals))
+    assert re.search(r" reward \d\.\d{4} low \d\.\d{4} macro_f1 \d\.\d{4} classification_reward \d\.\d{4} \(mean", said)
+    task = build.configure(("tiny.yaml", flatten(ckpt()["config"], "")))[1]
+    dataset, model = task.open("eval"), build.build_model(task, 3, torch.device("cpu"))
+    model.load_state_dict(ckpt()["model"])
+    decided = task.network(model)(torch.stack([dataset[i] for i in range(12)])).argmax(-1)
+    expected = f1_score(dataset.targets, decided, average="macro")
+    assert found["eval/reward/macro_f1"][12] == pytest.approx(expected, abs=1e-6)
+    assert run("--evaluate", "ckpt/tiny") == 0 and capsys.readouterr().out.splitlines()[-1] == said
+    Path("mine.py").unlink()
+    assert run("--evaluate", "ckpt/tiny") == 0
+    *_, warning, line = capsys.readouterr().out.splitlines()
+    assert warning.startswith("warning: rollout.reward: mine.py cannot be loaded (") and line.startswith("step 12: acc")
+
+
+def test_the_best_by_a_metric_of_choice_and_no_more_patience(capsys):
+    """Less of the NLL is better; a run ends after two evaluations without a better one, and is then over."""
+    keys = ["training.eval_interval=1", "training.save_interval=99", "training.patience=2", "training.steps=40"]
+    assert run(*keys, "training.best=eval/nll", "training.learning_rate=3e-2", "training.warmup_steps=0") == 0
+    nll, lines = scalars()["eval/nll"], capsys.readouterr().out.splitlines()
+    best, last = min(nll, key=nll.get), max(nll)
+    assert ckpt("tiny/best.pt")["step"] == best and last == best + 2 == ckpt()["step"] < 40
+    assert lines[-2] == f"training.patience: 2 evaluations had no better eval/nll than {nll[best]:.4f}"
+    assert lines[-1] == f"done: ckpt/tiny/step_{last:06d}.pt"
+    assert run("--resume", "ckpt/tiny") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "nothing to do: training.steps is 40, training.patience is 2"
+    Path("score.py").write_text("def second(confusion):\n    return confusion[1, 1] / confusion[1].sum()\n")
+    assert run("training.run_name=score", "training.eval_interval=3", "training.best=score.py:second") == 0
+    found, state = scalars("score"), ckpt("score")
+    assert state["best_name"] == "eval/reward/score.py:second"
+    assert state["best_metric"] == pytest.approx(max(found["eval/reward/score.py:second"].values()))
+    assert found["eval/reward"] == found["eval/reward/classification_reward"]  # its weight is 0
 
 
 def test_each_host_says_what_is_wrong_there(capsys, monkeypatch):
@@ -592,6 +640,12 @@ def test_start_from_supervised_weights(capsys):
         (
             ["rollout.reward=rewards.py:steps"],
             "rollout.reward: rewards.py:steps has gradient 0 for ",
+        ),
+        (["training.best=eval/acc"], "training.best: the best checkpoint is chosen by eval/acc, which is none of "),
+        (["training.best=accuracy"], "training.best: no function accuracy in classification_reward, macro_f1, "),
+        (
+            ["training.best=rewards.py:one"],
+            "training.best: rewards.py:one: expected a metric, as eval/nll, or ",
         ),
         (["rollout.reward=rewards.py:flat"], "rollout.reward: rewards.py:flat returned a tensor of shape [16, 2]; "),
     ],
