@@ -4,12 +4,14 @@ What a file says is read for what it means (ids as texts, sizes as floats); what
 counted in `notes`; what cannot be right is refused, all of it in one list.
 """
 
+import gc
 import json
 import math
 import os
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -369,6 +371,19 @@ def fit_boxes(
     return inside.reshape(-1, 4), real
 
 
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Pauses the search for garbage: it would go through the file's rows, which are none, again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@no_collection()
 def read_annotations(root: str, named: str | None = None, skip_bad: bool = False) -> Annotations:
     """The annotations of a folder, or of the file `named` in it (see `find_annotations`). skip_bad: an image file that
     cannot be read is left for whoever decodes it. Raises InputError with all that is wrong, at most ten lines."""
