@@ -54,7 +54,7 @@ def other_format(root: str) -> str | None:
     """Whose boxes a folder holds that are not in COCO's format: PASCAL VOC's, YOLO's, or nobody's that we know."""
     formats = {
         "PASCAL VOC": ("Annotations/*.xml", "*.xml"),
-        "YOLO": ("labels/*.txt", "labels/*/*.txt", "*/labels/*.txt"),
+        "YOLO": ("labels/*.txt", "labels/*/*.txt", "*/labels/*.txt", "images/*.txt", "obj_train_data/*.txt"),
     }
     there = (name for name, patterns in formats.items() for p in patterns if next(Path(root).glob(p), None))
     return next(there, None)
