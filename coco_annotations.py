@@ -94,8 +94,10 @@ def load(path: str) -> dict[str, list[dict]]:
     """The three lists of the file. Raises InputError."""
     try:
         coco = json.loads(Path(path).read_bytes())  # bytes: it knows the byte-order marks
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read ({one_line(error)})") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); change its permissions") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not whole or not JSON ({one_line(error)}); write it anew") from None
     lists = {}
     for section in ("images", "annotations", "categories"):
         rows = coco.get(section) if isinstance(coco, dict) else None
@@ -149,7 +151,7 @@ def read_categories(rows: list[dict], used: set, findings: list[str], notes: lis
         if type(name) not in (str, int) or not str(name).strip():
             wrong = " has no name" if name is None else f": name {shown(name)} should be a text"
             findings.append(f"categories[{i}]{wrong}")
-        elif names.setdefault(key, str(name)) != str(name):
+        elif key is not None and names.setdefault(key, str(name)) != str(name):
             findings.append(f"category {key} ({name}) is there twice, as {names[key]} too; give it another id")
     parents = {str(row.get("supercategory")) for row in rows if row.get("supercategory") != row.get("name")}
     for key in sorted(names, key=lambda key: (key not in used, isinstance(key, str), key or 0)):
@@ -170,7 +172,7 @@ class ImageFiles:
 
     def __init__(self, root: str, split: str):
         self.root, prefix = root, os.path.join(root, "")
-        self.by_path = {same_name(path[len(prefix) :]): path for path in find_images(root)}
+        self.by_path = {same_name(path[len(prefix) :]).replace(os.sep, "/"): path for path in find_images(root)}
         self.folders = ("images", "", split, f"images/{split}")
         self.by_name: dict[str, list[str]] = {}
         self.by_name_alone = 0  # how many were found so
@@ -242,7 +244,7 @@ def check_sizes(images: dict[Id, tuple], file: str, skip_bad: bool, findings: li
             sizes.append(found)
         else:
             says = f"the image has {found[0]}x{found[1]} pixels, {name} says {size[0]}x{size[1]}"
-            turned = "if its EXIF orientation turns it and the boxes are of the unturned image, remove the orientation"
+            turned = "the sides are swapped: remove its EXIF orientation, which turns it, or turn it if it has none"
             findings.append(f"{path}: {says}; {turned if found == size[::-1] else 'put the right ones there'}")
             sizes.append(None)
     return sizes
@@ -400,8 +402,9 @@ def read_annotations(root: str, named: str | None = None, skip_bad: bool = False
     listed = {as_id(row.get("id")) for row in lists["images"]} if len(images) < len(lists["images"]) else images
     if files.by_name_alone:
         notes.append(f"images found by their file name alone, not where it says: {files.by_name_alone}")
-    if unlisted := len(files.by_path) - len(images):
-        notes.append(f"image files that {os.path.basename(file)} does not name, not read: {unlisted}")
+    folders = {os.path.dirname(path) for path, _ in images.values()}
+    if unlisted := sum(os.path.dirname(path) in folders for path in files.by_path.values()) - len(images):
+        notes.append(f"image files beside those that {os.path.basename(file)} names, not read: {unlisted}")
     if strange := sum(key not in listed for key in image_ids):
         notes.append(f"annotations of images that it does not list, skipped: {strange}")
     place, number = {key: i for i, key in enumerate(images)}, {key: i for i, key in enumerate(categories)}

@@ -170,6 +170,7 @@ def test_names_that_look_alike_and_byte_order_marks(tmp_path, encoding):
 
 
 BROKEN = {  # changes, and how the one line ends that says what is wrong
+    "annotations.json: not whole or not JSON (": None,
     "annotations.json: it should hold a list of images, as COCO's format has it": lambda c: c.update(images=5),
     "annotations.json: it names no image": lambda c: c.update(images=[], annotations=[]),
     "annotations.json: it names no category": lambda c: c.update(categories=[], annotations=[]),
@@ -193,7 +194,7 @@ BROKEN = {  # changes, and how the one line ends that says what is wrong
     "should be whole numbers > 0, not 8.5, 16": row("images", 0, width=8.5),
     "should be whole numbers > 0, not True, 16": row("images", 0, width=True),
     "a.jpg: the image has 8x16 pixels, annotations.json says 9x16; put the right": row("images", 0, width=9),
-    "says 16x8; if its EXIF orientation turns it and the boxes": row("images", 0, width=16, height=8),
+    "says 16x8; the sides are swapped: remove its EXIF": row("images", 0, width=16, height=8),
     "annotation 1: iscrowd 'maybe' should be 0 or 1": row("annotations", 0, iscrowd="Maybe"),
     "annotation 1: iscrowd 2 should be 0 or 1": row("annotations", 0, iscrowd=2),
     "annotation 1: iscrowd [] should be 0 or 1": row("annotations", 0, iscrowd=[]),
@@ -216,7 +217,9 @@ BROKEN = {  # changes, and how the one line ends that says what is wrong
 
 @pytest.mark.parametrize("expected", BROKEN)
 def test_what_cannot_be_right_is_one_line(tmp_path, expected):
-    make(tmp_path, changed(BROKEN[expected]))
+    make(tmp_path, changed(BROKEN[expected]) if BROKEN[expected] else CLEAN)
+    if not BROKEN[expected]:
+        (tmp_path / "annotations.json").write_text(json.dumps(CLEAN)[:-30])
     assert expected in message(read, tmp_path)
 
 
@@ -283,7 +286,10 @@ def test_of_several_files_the_user_names_one(tmp_path):
     assert message(read, tmp_path, annotations="x.json") == f"{tmp_path}: no file x.json; {what}: {listed}"
     dataset = read(tmp_path, annotations="instances_val.json")
     assert is_clean(dataset) and dataset.paths[0] == f"{tmp_path}/val/a.jpg"
-    assert dataset.notes == ("image files that instances_val.json does not name, not read: 3",)
+    assert dataset.notes == ()
+    Image.new("L", (2, 2)).save(tmp_path / "val" / "d.png")
+    dataset = read(tmp_path, annotations="annotations/instances_val.json")
+    assert dataset.notes == ("image files beside those that instances_val.json names, not read: 1",)
     config = {"task": "detection", "model.image_size": 16, "model.patch_size": 4}
     task = configure(("test", config | {"detection.annotations": "annotations/instances_train.json"}))[1]
     assert task.open(str(tmp_path)).paths == [f"{tmp_path}/train/{name}" for name in ("a.jpg", "b.jpg", "c.png")]

@@ -81,10 +81,13 @@ def test_the_three_formats_give_the_same_targets(tmp_path, capsys):
     """A folder in another format is refused with the command that converts it. YOLO knows no difficult objects."""
     for name, write in {"coco": write_coco, "voc": write_voc, "yolo": write_yolo}.items():
         write(tmp_path / name)
+    Image.new("L", (2, 2)).save(tmp_path / "yolo" / "labels.jpg")  # Ultralytics draws such charts
     for name in ("voc", "yolo"):
         assert f"uv run tools/to_coco.py {tmp_path / name}" in message(DetectionDataset, str(tmp_path / name), 16, 4)
         convert(tmp_path / name)
-    assert f"{tmp_path}/yolo: images without a label file: without objects: 1\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/yolo: images without a label file: without objects: 1\n" in said
+    assert f"{tmp_path}/yolo: images in no folder images/, not listed: 1\n" in said
     coco, voc, yolo = (DetectionDataset(str(tmp_path / name), 16, 4) for name in ("coco", "voc", "yolo"))
     every = torch.arange(3)
     expected, *others = (x.batch(every, torch.zeros(3, 3, 16, 16)) for x in (coco, voc, yolo))

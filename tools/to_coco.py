@@ -187,7 +187,10 @@ def label_file(image: str) -> Path:
 def read_yolo(folder: Path, findings: Findings) -> tuple[list[str], dict[str, Record]]:
     """The classes, and path below the folder -> record, of a folder in YOLO's format."""
     names, records, used = yolo_names(folder), {}, set()
-    for image in find_images(os.path.abspath(folder)):
+    every = find_images(os.path.abspath(folder))
+    images = [image for image in every if "images" in Path(os.path.relpath(image, folder)).parts[:-1]] or every
+    findings.counts["images in no folder images/, not listed"] = len(every) - len(images)
+    for image in images:
         path = label_file(image)
         used.add(path)
         try:
