@@ -154,6 +154,7 @@ def read_categories(rows: list[dict], used: set, findings: list[str], notes: lis
         elif key is not None and names.setdefault(key, str(name)) != str(name):
             findings.append(f"category {key} ({name}) is there twice, as {names[key]} too; give it another id")
     parents = {str(row.get("supercategory")) for row in rows if row.get("supercategory") != row.get("name")}
+    parents -= {"None", "none"}  # of those without one
     for key in sorted(names, key=lambda key: (key not in used, isinstance(key, str), key or 0)):
         name = same_name(names[key])
         if key not in used and (name in taken or (name in parents and len(names) > 1)):
@@ -257,6 +258,8 @@ def decode_counts(text: str) -> list[int]:
     for c in map(ord, text):
         value |= ((c - 48) & 31) << shift
         shift += 5
+        if shift > 60:  # no run is as long
+            return []
         if not (c - 48) & 32:
             value -= (1 << shift) if (c - 48) & 16 else 0
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
@@ -348,8 +351,10 @@ def fit_boxes(
     inside = np.stack([low, high], 1).clip(0, sizes[:, None])  # [m, 2, 2]
     outside = real & ~(inside[:, 1] > inside[:, 0]).all(1)
     over = real & ((low < -1e-3) | (high > sizes + 1e-3)).any(1)
-    # a part of the first pixel is no object, but what fractions of the image look like
-    fraction = real & (low >= 0).all(1) & (high <= 1).all(1) & (sizes > 1).all(1) & (boxes != boxes.round()).any(1)
+    # a part of the first pixel is no object, but what fractions of the image look like; the whole of it may be one
+    fraction = real & (low >= 0).all(1) & (high <= 1).all(1) & (sizes > 1).all(1)
+    if fraction.sum() < real.sum():
+        fraction &= (boxes != boxes.round()).any(1)
     if fraction.sum() > real.sum() / 100:
         example = boxes[fraction.argmax()].tolist()
         findings.append(
@@ -402,8 +407,9 @@ def read_annotations(root: str, named: str | None = None, skip_bad: bool = False
     listed = {as_id(row.get("id")) for row in lists["images"]} if len(images) < len(lists["images"]) else images
     if files.by_name_alone:
         notes.append(f"images found by their file name alone, not where it says: {files.by_name_alone}")
-    folders = {os.path.dirname(path) for path, _ in images.values()}
-    if unlisted := sum(os.path.dirname(path) in folders for path in files.by_path.values()) - len(images):
+    paths = [path for path, _ in images.values()]
+    folders = set(map(os.path.dirname, paths))
+    if unlisted := sum(os.path.dirname(path) in folders for path in set(files.by_path.values()).difference(paths)):
         notes.append(f"image files beside those that {os.path.basename(file)} names, not read: {unlisted}")
     if strange := sum(key not in listed for key in image_ids):
         notes.append(f"annotations of images that it does not list, skipped: {strange}")
@@ -424,5 +430,4 @@ def read_annotations(root: str, named: str | None = None, skip_bad: bool = False
     boxes, real = fit_boxes(boxes[kept], of_each, lambda i: name_of(rows, kept[i]), findings, notes)
     refuse([f"{file}: {finding}" for finding in findings] + wrong_files)
     kept, boxes = kept[real], boxes[real]
-    paths = [path for path, _ in images.values()]
     return Annotations(file, root, paths, sizes, categories, image[kept], category[kept], boxes, crowd[kept], notes)

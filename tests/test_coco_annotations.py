@@ -169,6 +169,15 @@ def test_names_that_look_alike_and_byte_order_marks(tmp_path, encoding):
     assert dataset.paths[0] == str(tmp_path / "images" / parts) and dataset.labels[1].tolist() == [0, 1]
 
 
+def test_a_class_may_be_called_none_and_one_pixel_be_a_box(tmp_path):
+    """Only where every box is the first pixel are they fractions."""
+    first = more("annotations", id=4, image_id=9, category_id=5, bbox=[0, 0, 1, 1])
+    dataset = read(make(tmp_path, changed(more("categories", id=6, name="None"), first)))
+    assert dataset.classes == ["ant", "None", "zebra"] and dataset.boxes[2].tolist() == [[0, 0, 1, 1]]
+    make(tmp_path, changed(rows("annotations", bbox=lambda r: [0, 0, 1, 1])))
+    assert "3 of 3 boxes are fractions of their image, as [0.0, 0.0, 1.0, 1.0]" in message(read, tmp_path)
+
+
 BROKEN = {  # changes, and how the one line ends that says what is wrong
     "annotations.json: not whole or not JSON (": None,
     "annotations.json: it should hold a list of images, as COCO's format has it": lambda c: c.update(images=5),
@@ -342,6 +351,7 @@ def test_the_box_of_a_mask_is_pycocotools(seed):
         assert box_of_mask({"size": size, "counts": rle["counts"].decode()}) == expected
         assert box_of_mask({"size": size, "counts": counts}) == expected
     for wrong in (
+        {"size": [2, 2], "counts": "o" * 10**6},
         {"size": [2, 2], "counts": [5]},
         {"size": [2], "counts": "1"},
         {"counts": [4]},
