@@ -5,6 +5,7 @@ import copy
 import inspect
 import math
 import os
+import tempfile
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +13,12 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from checkpoint import load_checkpoint
+from checkpoint import best_metric, load_checkpoint
 from config import SCHEMA, Key, Schema, check, flatten, load_user_file, one_line, parse_override, read_yaml
 from data_types import InputError
 from detection_task import Detection
 from grpo import Reward, RolloutSettings, UpdateSettings, keyed_rng
-from images import BadImages, Batches, ImageDataset, Loading, keep_decoded, ordered_batches
+from images import BadImages, Batches, ImageDataset, Loading, keep_decoded, ordered_batches, shared_memory_note
 from pretrained import load_weights
 from processes import rank_and_world
 from report import Console
@@ -32,7 +33,7 @@ def load_task(name: str) -> type[Task]:
     """One of the three tasks by name, or that of path/to/file.py or path/to/file.py:ClassName. Raises InputError."""
     if name in TASKS:
         return TASKS[name]
-    path, _, class_name = name.partition(":")
+    path, _, class_name = os.path.expanduser(name).partition(":")
     if not path.endswith(".py"):
         raise InputError(f"task: {name!r} is not allowed; expected {' | '.join(TASKS)} | path/to/file.py[:ClassName]")
     module = load_user_file(path, "task")
@@ -70,6 +71,9 @@ def configure(*layers: tuple[str, dict]) -> tuple[dict, Task]:
         raise InputError(f"task: {name!r} is not allowed; expected {schema_of()['task'].rule}")
     task = load_task(name)
     config = check(*layers, schema=schema_of(task))
+    named = any("data.eval_dir" in layer for _, layer in layers)
+    if not named and not os.path.exists(config["data"]["eval_dir"]):  # nobody asked for the default's folder
+        config["data"]["eval_dir"] = None
     return config, task(config)
 
 
@@ -185,16 +189,18 @@ def learning_rate(step: int, training: SimpleNamespace) -> float:
     return low + (high - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def open_run(args: argparse.Namespace) -> tuple[Task, Path, dict | None]:
+def open_run(args: argparse.Namespace, console: Console) -> tuple[Task, Path, dict | None]:
     """The task with its config, the run's folder, and the checkpoint's state if the run goes on. The config is the
     file's, or the checkpoint's when a run goes on; the command line wins. Raises InputError."""
     overrides = "command line", dict(map(parse_override, args.overrides))
     name = args.evaluate if args.resume is None else args.resume
     if name == "":
         raise InputError("--resume, --evaluate: the run's name is empty; expected ckpt/<run>")
-    run_dir = Path(name or "auto")
+    run_dir, asked = Path(name or "auto"), {}
     if name in (None, "auto"):  # this config's run
-        config, task = configure((args.config, read_yaml(args.config)), overrides)
+        written = read_yaml(args.config)
+        config, task = configure((args.config, written), overrides)
+        asked = {key: value for key, value in flatten(config, args.config).items() if written.get(key) is not None}
         training = config["training"]
         training["run_name"] = training["run_name"] or Path(args.config).stem
         run_dir, log_dir = (Path(training[parent], training["run_name"]) for parent in ("ckpt_dir", "log_dir"))
@@ -202,13 +208,36 @@ def open_run(args: argparse.Namespace) -> tuple[Task, Path, dict | None]:
             if name is None and used.is_dir() and any(used.iterdir()):
                 hint = "go on with --resume auto, delete it, or name a new run with training.run_name=NAME"
                 raise InputError(f"{used} exists: {hint}")
-        if args.evaluate is None and not (run_dir / "last.pt").exists():
+        if args.evaluate is None and not any([*run_dir.glob("last.pt"), *run_dir.glob("step_*.pt")]):
             return task, run_dir, None
-    state = load_checkpoint(run_dir)
+    state = load_checkpoint(run_dir, console.line if name == "auto" else None)
     run_dir = run_dir if run_dir.is_dir() else run_dir.parent  # given a file of the run
     config, task = configure((str(run_dir), flatten(state["config"], str(run_dir))), overrides)
-    config["training"] |= {"ckpt_dir": str(run_dir.parent), "run_name": run_dir.name}
+    for key, own in (("ckpt_dir", run_dir.parent), ("run_name", run_dir.name)):
+        if f"training.{key}" in overrides[1] and Path(config["training"][key] or own) != Path(own):
+            raise InputError(f"training.{key}: a run that goes on keeps its own, {own}; drop the key")
+        config["training"][key] = str(own)
+    if changed := [key for key, value in flatten(config, "").items() if asked.get(key, value) != value]:
+        console.line(
+            f"note: {args.config} has another {', '.join(changed)} than the run that goes on, whose own counts; a key "
+            "on the command line changes it"
+        )
     return task, run_dir, state
+
+
+def check_writable(training: SimpleNamespace) -> None:
+    """Raises InputError where checkpoints or TensorBoard's events cannot be written. Leaves nothing behind."""
+    for key in ("ckpt_dir", "log_dir"):
+        folder = Path(getattr(training, key), training.run_name)
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"x")
+            for path in new:
+                path.rmdir()
+        except OSError as error:
+            raise InputError(f"training.{key}: {folder} cannot be written ({error.strerror}); name another") from None
 
 
 def open_eval_set(task: Task, classes: list[str], console: Console) -> ImageDataset:
@@ -249,17 +278,23 @@ def open_data(task: Task, state: dict | None, console: Console) -> tuple[ImageDa
     console.line(f"{data.train_dir}: {len(train_set)} images of {found} classes (id name): {shown}")
     say_notes(train_set, console)
     eval_set = None
-    if data.eval_dir and Path(data.eval_dir).exists():
+    if data.eval_dir and not Path(data.eval_dir).exists() and state and best_metric(state) == -math.inf:
+        task.config["data"]["eval_dir"] = data.eval_dir = None  # older versions began such a run without evaluation
+    if not data.eval_dir:
+        console.line("data.eval_dir: null; training without evaluation")
+    elif Path(data.eval_dir).exists():
         eval_set = open_eval_set(task, train_set.classes, console)
     else:
-        reason = f"{data.eval_dir}: no such folder" if data.eval_dir else "null"
-        console.line(f"data.eval_dir: {reason}; training without evaluation")
+        raise InputError(f"data.eval_dir: {data.eval_dir}: no such folder; null trains without evaluation")
     if wanted not in (None, found):
         raise InputError(f"model.num_classes: {wanted}, but {data.train_dir} holds {found} classes; set it to null")
     cache, size = keep_decoded(data, train_set, eval_set)
     kept = "kept in memory after the first epoch" if cache else "decoded again each epoch"
     kept += " by each process" if rank_and_world()[1] > 1 else ""
     console.line(f"data.cache: {data.cache}: {size / 1e6:.0f} MB of decoded images, {kept}")
+    batch_bytes = size // (len(train_set) + len(eval_set or ())) * task.config["training"]["batch_size"]
+    for note in shared_memory_note(data.num_workers, batch_bytes // rank_and_world()[1]):
+        console.line(note)
     return train_set, eval_set, cache
 
 

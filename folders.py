@@ -1,6 +1,7 @@
 """What folders hold, known before the first step: image files, their sizes, and whatever is wrong, in one list."""
 
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
@@ -31,16 +32,20 @@ def same_name(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def folder_error(error: OSError) -> InputError:
+    return InputError(f"{error.filename}: cannot be opened ({error.strerror}); change its permissions or move it")
+
+
 def find_images(root: str, not_read: Counter | None = None) -> list[str]:
     """All image files at any depth below `root`, sorted; links are followed, hidden and system folders are not.
     not_read: counts, by suffix, the files that look like images of other formats. Raises InputError for a folder that
     cannot be opened."""
     found, visited = [], set()
 
-    def refuse_folder(error: OSError) -> None:
-        raise InputError(f"{error.filename}: cannot be opened ({error.strerror}); change its permissions or move it")
+    def stop(error: OSError) -> None:
+        raise folder_error(error) from None
 
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=refuse_folder):
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=stop):
         real = os.path.realpath(folder)
         if real in visited:  # a link in a circle
             subfolders.clear()
@@ -95,3 +100,70 @@ def refuse(findings: list[str]) -> None:
         findings = [*findings[: MOST_LINES - 1], f"… and {len(findings) - MOST_LINES + 1} more like these"]
     if findings:
         raise InputError(*findings)
+
+
+# --- Class folders ----------------------------------------------------------------------------------------------------
+
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval", "dev"}
+OTHER_PURPOSES = (  # what folders or files beside each other are made for
+    ({"images", "masks"}, "task=segmentation"),
+    ({"images", "annotations.json"}, "task=detection"),
+    ({"images", "labels"}, "task=detection (uv run tools/to_coco.py makes its format), or masks: task=segmentation"),
+    ({"images", "annotations"}, "task=detection, or masks: task=segmentation"),
+    ({"jpegimages", "annotations"}, "task=detection (uv run tools/to_coco.py makes its format)"),
+)
+FOLDER_HINT = "it should hold one subdirectory of images per class"
+
+
+def natural_key(name: str) -> tuple:
+    """Sorts names as people and timm do: 2 comes before 10."""
+    parts = re.split(r"(\d+)", name.lower())  # text and numbers in turn
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+
+
+def find_classes(root: str, known: Iterable[str] | None = None) -> dict[str, str]:
+    """Class name -> its folder in `root`, in natural order. known: the classes that there may be, None: any. Raises
+    InputError where there is none or an unknown one, where two look alike, or where `root` is made for something
+    else."""
+    if not os.path.isdir(root):
+        raise InputError(f"{root}: no such folder; {FOLDER_HINT}")
+    entries = list_folder(root)
+    names = sorted((e.name for e in entries if e.is_dir() and is_visible(e.name)), key=natural_key)
+    unknown = [name for name in names if known is None or same_name(name) not in set(map(same_name, known))]
+    if unknown:
+        refuse_other_purposes(root, names, entries)
+    if known is not None and unknown:
+        raise InputError(f"{root}: classes unknown in the training folder: {', '.join(unknown)}")
+    if not names:
+        raise InputError(f"{root}: no subdirectories; {FOLDER_HINT}")
+    folders: dict[str, str] = {}
+    for name in names:
+        if other := folders.get(same_name(name)):
+            raise InputError(f"{os.path.join(root, name)}: its name looks like that of {other}; rename one of them")
+        folders[same_name(name)] = os.path.join(root, name)
+    return folders
+
+
+def refuse_other_purposes(root: str, names: list[str], entries: list[os.DirEntry]) -> None:
+    """Raises InputError where the folders `names` of `root` are no classes, but splits, or parts of another format."""
+    if splits := [name for name in names if name.lower() in SPLITS] * ({*map(str.lower, names)} <= SPLITS):
+        raise InputError(f"{root}: it holds {', '.join(splits)}, not classes; name one of them: {root}/{splits[0]}")
+    present = {entry.name.lower() for entry in entries}
+    for marks, purpose in OTHER_PURPOSES:
+        if marks <= present:
+            raise InputError(f"{root}: it holds {' and '.join(sorted(marks))}, not classes; that is for {purpose}")
+
+
+def list_folder(root: str) -> list[os.DirEntry]:
+    """What lies in `root`. Raises InputError."""
+    try:
+        return list(os.scandir(root))
+    except OSError as error:
+        raise folder_error(error) from None
+
+
+def loose_images_note(root: str) -> list[str]:
+    """A line on the images that lie beside the class folders, if there are any."""
+    names = sorted(e.name for e in list_folder(root) if e.name.lower().endswith(SUFFIXES) and not e.is_dir())
+    names = [name for name in names if is_visible(name)]
+    return [f"not read: {len(names)} images beside the class folders, {names[0]} the first"] if names else []

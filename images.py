@@ -2,26 +2,33 @@
 
 import atexit
 import hashlib
+import math
 import multiprocessing
 import os
 import pickle
+import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from config import load_file, one_line
 from data_types import InputError, TensorMiniBatch
 from grpo import keyed_rng
 from processes import rank_and_world
+
+FEW_BAD = 3  # images that cannot be decoded; so many are skipped, however few images there are
+PREFETCHED = 4  # batches that a worker decodes ahead of need
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -112,13 +119,46 @@ class _BatchDecoder(Dataset):
             return InputError(f"{self.dataset.root}: no image that can be decoded")
         size = self.dataset.image_size
         shape = 0, self.dataset.channels, size, size
-        return found, bad, torch.stack(items) if items else torch.empty(shape, dtype=torch.uint8)
+        batch = torch.stack(items) if items else torch.empty(shape, dtype=torch.uint8)
+        return found, bad, share(batch) if get_worker_info() else batch
 
     def __reduce__(self) -> tuple:
         """A worker that was not forked loads the file of the data set's class before it reads the data set."""
         module = sys.modules[type(self.dataset).__module__]
         file = module.__file__ if getattr(module, "loaded_by_path", False) else None
         return _unpickle_decoder, (file, pickle.dumps(self.dataset), self.on_bad)
+
+
+def share(batch: Tensor) -> Tensor | np.ndarray:
+    """What a worker hands over: the batch in shared memory, or, where that is full, an array, which goes through a pipe
+    instead. Left to DataLoader, a full one would be met in a thread of its queue, and the run would wait for ever."""
+    try:
+        return batch.share_memory_()
+    except RuntimeError:  # no space left on the device
+        return batch.numpy()
+
+
+def shared_memory_note(num_workers: int, batch_bytes: int, folder: str = "/dev/shm") -> list[str]:
+    """A line if the batches that workers decode ahead do not fit into shared memory."""
+    wanted = num_workers * PREFETCHED * batch_bytes
+    free = shutil.disk_usage(folder).free if os.path.isdir(folder) else wanted
+    if free >= wanted:
+        return []
+    return [
+        f"note: shared memory ({folder}) has room for {free / 1e6:.0f} MB, the workers can fill {wanted / 1e6:.0f}: "
+        "batches that find no room go through pipes, which is slower. data.num_workers=0 needs none, docker run "
+        f"--shm-size={math.ceil(2 * wanted / 1e9)}g gives more"
+    ]
+
+
+def worker_death(error: RuntimeError) -> InputError | None:
+    """What to say of DataLoader's complaint that a worker is gone; None for other errors."""
+    if "DataLoader worker" not in str(error):
+        return None
+    number = re.search(r"killed by signal: ([\w ]+)", str(error))
+    how = f"killed by the system ({number[1]})" if number else "killed by the system"
+    hint = "the memory may be too small for data.num_workers processes: lower it, or set it to 0"
+    return InputError(f"data.num_workers: a process that decodes images was {how}; {hint}")
 
 
 def _unpickle_decoder(file: str | None, dataset: bytes, on_bad: str) -> _BatchDecoder:
@@ -178,14 +218,16 @@ def stream_batches(
         sampler=(indices(step).tolist() for step in decode),  # lists: a tensor would go through shared memory
         batch_size=None,  # an item is a batch already
         num_workers=loading.num_workers,
-        prefetch_factor=4 if loading.num_workers else None,
+        collate_fn=as_is,  # the default would make a tensor of what `share` made an array
+        prefetch_factor=PREFETCHED if loading.num_workers else None,
         pin_memory=loading.pin_memory,
         worker_init_fn=_ignore_signals,
     )
-    for decoded, step in zip(loader, decode):
+    for decoded, step in zip(explained(loader), decode):
         if isinstance(decoded, InputError):
             raise decoded
         found, bad, items = decoded
+        items = torch.as_tensor(items)
         if bad:
             loading.report(bad)
         if cache:
@@ -197,6 +239,18 @@ def stream_batches(
         found = source[indices(step)]
         batch = dataset.batch(found, store[found])
         yield batch.pin_memory() if loading.pin_memory else batch
+
+
+def as_is(x: Any) -> Any:
+    return x
+
+
+def explained(loader: Iterable) -> Iterator:
+    """The loader's items. Raises InputError where a worker is gone."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        raise worker_death(error) or error from None
 
 
 def ordered_batches(
@@ -242,14 +296,15 @@ class BadImages:
         self.images, self.say, self.seen = images, say, set()
 
     def __call__(self, bad: dict[str, str]) -> None:
-        """bad: file -> what is wrong with it. Raises InputError where they are more than 1 % of the images."""
+        """bad: file -> what is wrong with it. Raises InputError where they are more than 1 % of the images, and more
+        than three."""
         for path in bad.keys() - self.seen:
             self.say(f"warning: {bad[path]}")
         self.seen.update(bad)
-        if len(self.seen) > self.images / 100:
+        if len(self.seen) > max(self.images / 100, FEW_BAD):
             raise InputError(
                 f"data.on_bad_image: skip: {len(self.seen)} of {self.images} images (training and evaluation) cannot "
-                f"be decoded, more than 1 %; the last: {next(iter(bad.values()))}"
+                f"be decoded, more than 1 % and more than {FEW_BAD}; the last: {next(iter(bad.values()))}"
             )
 
 

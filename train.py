@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from functools import partial
+from os.path import expanduser
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from config import describe_keys, one_line
 from data_types import InputError
 from evaluation import evaluate, metrics_line
 from grpo import rollout, size_of, update_policy
-from images import BadImages, Loading, epoch_order, fingerprint, micro_batches, stream_batches
+from images import BadImages, Loading, epoch_order, fingerprint, micro_batches, stream_batches, worker_death
 from report import Clock, Console, Log, count_dead_steps, log_interval, read_rows
 
 REPLAY_BELOW = 0.6  # share of live groups below which a forward pass without a graph + a replay of the live is cheaper
@@ -39,14 +40,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"keys, with their defaults:\n{describe_keys(build.schema_of())}",
     )
-    parser.add_argument("--config", default="config.yaml", metavar="FILE", help="the run's YAML file (config.yaml)")
+    parser.add_argument(
+        "--config", type=expanduser, default="config.yaml", metavar="FILE", help="the run's YAML file (config.yaml)"
+    )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--resume",
+        type=expanduser,
         metavar="DIR|auto",
         help="go on with the run of ckpt/<run> and its config; auto: this config's run, if it exists",
     )
-    mode.add_argument("--evaluate", metavar="DIR", help="print the metrics of ckpt/<run> (last.pt), or of a file in it")
+    mode.add_argument(
+        "--evaluate",
+        type=expanduser,
+        metavar="DIR",
+        help="print the metrics of ckpt/<run> (last.pt), or of a file in it",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override keys of the config")
     return parser.parse_intermixed_args(argv)
 
@@ -54,7 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def train(args: argparse.Namespace) -> int:
     """Returns the exit status: 0, or 128 + the number of the signal that stopped the run."""
     console = Console()
-    task, run_dir, state = build.open_run(args)
+    task, run_dir, state = build.open_run(args, console)
     data, _, training = build.sections(task.config)
     rewards, roll = build.load_rewards(task), build.rollout_settings(task.config)
     per_rank, rank = build.images_per_rank(training), processes.rank_and_world()[0]
@@ -100,6 +109,8 @@ def train(args: argparse.Namespace) -> int:
     mirror = task.mirror if data.augment else None
 
     # Train: rollout -> reward -> update -> log -> evaluate -> save.
+    if not rank:
+        build.check_writable(training)
     stop, clock = processes.catch_signals(), Clock()
     log = Log(Path(training.log_dir, training.run_name), progress.step + 1, task.config)
     for step in range(progress.step, training.steps):
@@ -166,7 +177,7 @@ def train(args: argparse.Namespace) -> int:
 def evaluate_run(args: argparse.Namespace) -> int:
     """--evaluate: the metrics of a checkpoint on data.eval_dir; returns the exit status."""
     console = Console()
-    task, _, state = build.open_run(args)
+    task, _, state = build.open_run(args, console)
     if not task.config["data"]["eval_dir"]:
         raise InputError("data.eval_dir: null; --evaluate needs a folder of images")
     eval_set = build.open_eval_set(task, state["classes"], console)
@@ -200,6 +211,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     except RuntimeError as error:
+        if died := worker_death(error):  # DataLoader may complain at any moment
+            print(f"train.py: {died}", file=sys.stderr)
+            return 2
         if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
             raise
         print(f"train.py: another process is gone, or out of reach ({one_line(error)[:160]})", file=sys.stderr)

@@ -235,6 +235,19 @@ def test_workers_hand_out_the_same_batches(cache):
     assert seen_indices(batches) == expected_indices(10, 4, range(4, 12))
 
 
+def test_where_shared_memory_is_full_batches_go_through_pipes(monkeypatch):
+    """The same ones; before the run a line says what is missing, and what to do."""
+    monkeypatch.setattr(torch.Tensor, "share_memory_", mock.Mock(side_effect=RuntimeError("No space left on device")))
+    batches = stream_batches(Numbered(10), shuffled(10), 4, range(12), Loading(num_workers=2))
+    assert seen_indices(batches) == expected_indices(10, 4, range(12))
+    monkeypatch.setattr(images.shutil, "disk_usage", lambda folder: SimpleNamespace(free=64e6))
+    [note] = images.shared_memory_note(2, 9_000_000, "/")
+    assert "(/) has room for 64 MB, the workers can fill 72: " in note and "data.num_workers=0" in note
+    assert "--shm-size=1g" in note
+    assert not images.shared_memory_note(2, 8_000_000, "/") and not images.shared_memory_note(0, 10**9, "/")
+    assert not images.shared_memory_note(2, 10**9, "/no such folder")
+
+
 def test_the_slices_of_two_processes_are_the_batch():
     halves = slice(0, 2), slice(2, 4)
     parts = [seen_indices(stream_batches(Numbered(7), shuffled(7), 4, range(5), part=part)) for part in halves]
@@ -267,6 +280,7 @@ def test_the_fingerprint_is_of_the_names_below_the_folder():
     assert images.fingerprint(renamed).startswith("2 images (")
 
 
+DIED = "InputError: data.num_workers: a process that decodes images was killed by the system"
 UNCLOSED_STREAM = """
 import multiprocessing, os, signal, sys, torch
 from images import Loading, stream_batches
@@ -281,7 +295,7 @@ sys.exit("stopped in the middle")
 """
 
 
-@pytest.mark.parametrize("end, complaint", [("exit", "stopped in the middle"), ("killed", "Traceback")])
+@pytest.mark.parametrize("end, complaint", [("exit", "stopped in the middle"), ("killed", DIED)])
 def test_process_ends_though_a_stream_is_left_open(end, complaint):
     """Exit in mid-stream, or on the death of one worker, does not wait for workers that ignore SIGTERM."""
     command = [sys.executable, "-W", "ignore", "-c", UNCLOSED_STREAM, end]
