@@ -343,7 +343,7 @@ class Detection(Task):
 
     keys = {
         "detection.annotations": Key(
-            None, str, "COCO's file below the folder; null: annotations.json, or the only one that there is"
+            None, str, "COCO's file below the folder; null: annotations.json, or the only one that there is", path=True
         ),
         "detection.box_std": Key(0.3, float, "standard deviation of a box action in raw space, in patches", **POSITIVE),
         "detection.box_std_end": Key(
