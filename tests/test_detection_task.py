@@ -113,15 +113,18 @@ def coco(root):
 
 def test_dataset_reads_coco_and_scales_boxes_with_the_image(tmp_path):
     """[x, y, w, h] of 8x16 and 32x16 images -> corners at 16x16; categories by ascending id; padding is -1."""
-    dataset, _ = coco(tmp_path)
+    _, data = coco(tmp_path)
+    data["annotations"].append({"id": 4, "image_id": 3, "category_id": 90, "bbox": [16, 2, 8, 4]})
+    (tmp_path / "annotations.json").write_text(json.dumps(data))
+    dataset = task_with().open(str(tmp_path))
     assert dataset.classes == ["ant", "zebra"] and len(dataset) == 3 and dataset[0].shape == (3, 16, 16)
     batch = dataset.batch(torch.arange(3), torch.stack([dataset[i] for i in range(3)]))
     assert batch.metadata["boxes"][0, 0].tolist() == [4, 4, 12, 12]
-    assert batch.metadata["boxes"][1].tolist() == [[0, 0, 8, 16]]
-    assert batch.metadata["labels"].tolist() == [[1], [0], [-1]]
-    assert batch.metadata["crowd"].tolist() == [[False], [True], [False]]
+    assert batch.metadata["boxes"][1].tolist() == [[0, 0, 8, 16], [8, 2, 12, 6]]
+    assert batch.metadata["labels"].tolist() == [[1, -1], [0, 1], [-1, -1]]
+    assert batch.metadata["crowd"].tolist() == [[False, False], [True, False], [False, False]]
     assert batch.targets.shape == (3, 2, 16, 4) and batch.metadata["patch_size"] == 4
-    assert batch.counted[:, 1].sum(1).tolist() == [4, 0, 0]  # the crowd is assigned to no patch
+    assert batch.counted[:, 1].sum(1).tolist() == [4, 2, 0]  # the crowd is assigned to no patch
     assert dataset.notes == ("boxes over the border of their image, clipped: 1", "boxes without area, skipped: 1")
 
 
