@@ -68,6 +68,16 @@ def not_read_note(not_read: Counter) -> list[str]:
     return [f"not read: {kinds} (the formats that are: {' '.join(SUFFIXES)})"] if kinds else []
 
 
+def has_late_text(image: Image.Image) -> bool:
+    """Whether a PNG, just opened, has metadata behind its pixels, where Pillow finds it only by decoding them."""
+    image.fp.seek(image.tile[0].offset - 8)  # the first chunk of pixels: length and kind, the data, their check sum
+    while len(head := image.fp.read(8)) == 8:
+        if head[4:] in (b"eXIf", b"iTXt", b"zTXt", b"tEXt"):
+            return True
+        image.fp.seek(int.from_bytes(head[:4]) + 4, os.SEEK_CUR)
+    return False
+
+
 def upright_size(path: str) -> tuple[int, int]:
     """Width and height of the image file as `images.decode_image` turns it, from its header. Raises InputError."""
     try:
@@ -75,7 +85,9 @@ def upright_size(path: str) -> tuple[int, int]:
             if image.format == "TIFF":  # Pillow turns these by itself, some versions on opening, others on loading
                 size, turn = (image.tag_v2[WidthTag], image.tag_v2[HeightTag]), image.tag_v2.get(OrientationTag, 1)
             else:
-                size, turn = image.size, image.getexif().get(OrientationTag, 1)
+                early = image.format == "PNG" and not has_late_text(image)  # a PNG's own method decodes the pixels
+                exif = Image.Image.getexif(image) if early else image.getexif()
+                size, turn = image.size, exif.get(OrientationTag, 1)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise InputError(f"{path}: not a readable image ({one_line(error)}); repair or remove it") from error
     return size[::-1] if turn in (5, 6, 7, 8) else size
@@ -162,8 +174,9 @@ def list_folder(root: str) -> list[os.DirEntry]:
         raise folder_error(error) from None
 
 
-def loose_images_note(root: str) -> list[str]:
-    """A line on the images that lie beside the class folders, if there are any."""
-    names = sorted(e.name for e in list_folder(root) if e.name.lower().endswith(SUFFIXES) and not e.is_dir())
-    names = [name for name in names if is_visible(name)]
-    return [f"not read: {len(names)} images beside the class folders, {names[0]} the first"] if names else []
+def class_notes(root: str, classes: Iterable[str]) -> list[str]:
+    """Lines on images that lie beside the class folders, and on classes that are called like splits."""
+    loose = sorted(e.name for e in list_folder(root) if e.name.lower().endswith(SUFFIXES) and not e.is_dir())
+    loose, splits = list(filter(is_visible, loose)), [name for name in classes if name.lower() in SPLITS]
+    notes = [f"not read: {len(loose)} images beside the class folders, {loose[0]} the first"] if loose else []
+    return notes + [f"{', '.join(splits)} are taken for classes, though they are called like splits"] * bool(splits)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -25,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from config import load_file, one_line
 from data_types import InputError, TensorMiniBatch
 from grpo import keyed_rng
-from processes import rank_and_world
+from processes import gather_everywhere, rank_and_world
 
 FEW_BAD = 3  # images that cannot be decoded; so many are skipped, however few images there are
 PREFETCHED = 4  # batches that a worker decodes ahead of need
@@ -290,22 +291,40 @@ class Batches:
 
 class BadImages:
     """Hears of images that cannot be decoded: says each once, and stops a run that meets too many of them. images: of
-    all data sets together. say: prints a line."""
+    all data sets together. say: prints a line. Of several processes each hears of its own until they `share`."""
 
     def __init__(self, images: int, say: Callable[[str], None]):
-        self.images, self.say, self.seen = images, say, set()
+        self.images, self.say, self.seen, self.unshared = images, say, set(), {}
 
     def __call__(self, bad: dict[str, str]) -> None:
         """bad: file -> what is wrong with it. Raises InputError where they are more than 1 % of the images, and more
         than three."""
-        for path in bad.keys() - self.seen:
-            self.say(f"warning: {bad[path]}")
-        self.seen.update(bad)
+        new = {path: wrong for path, wrong in bad.items() if path not in self.seen}
+        for wrong in new.values():
+            self.say(f"warning: {wrong}")
+        self.seen.update(new)
+        self.unshared |= new
+        if rank_and_world()[1] == 1:  # else all stop together, in `share`
+            self.stop_at_too_many()
+
+    def share(self, group: dist.ProcessGroup | None) -> None:
+        """Every process hears of what the others met. Raises InputError as above."""
+        for bad in gather_everywhere(self.unshared, group):
+            self(bad)
+        self.unshared = {}
+        self.stop_at_too_many()
+
+    def stop_at_too_many(self) -> None:
         if len(self.seen) > max(self.images / 100, FEW_BAD):
             raise InputError(
-                f"data.on_bad_image: skip: {len(self.seen)} of {self.images} images (training and evaluation) cannot "
-                f"be decoded, more than 1 % and more than {FEW_BAD}; the last: {next(iter(bad.values()))}"
+                f"data.on_bad_image: skip: {len(self.seen)} of {self.images} images cannot be decoded, more than 1 % "
+                f"and more than {FEW_BAD}, {sorted(self.seen)[0]} the first; repair or remove them"
             )
+
+    def left(self, dataset: ImageDataset) -> str:
+        """How many of the data set's images could be decoded, in words."""
+        bad = len(self.seen.intersection(dataset.paths))
+        return f"{len(dataset) - bad} of {len(dataset)} images" if bad else f"{len(dataset)} images"
 
 
 def epoch_order(epoch: int, seed: int, size: int) -> Tensor:

@@ -137,6 +137,7 @@ def train(args: argparse.Namespace) -> int:
         if not (log_due or eval_due or save_due):
             continue
 
+        bad_images.share(control)
         is_best = False
         values = read_rows(progress.rows, done - len(progress.rows) + 1, task.config)
         if log_due:
@@ -183,10 +184,13 @@ def evaluate_run(args: argparse.Namespace) -> int:
     eval_set = build.open_eval_set(task, state["classes"], console)
     model, _ = build.open_model(task, len(eval_set.classes), state, console)
     control = processes.connect(next(model.parameters()).device)
-    batches = build.open_eval_batches(eval_set, task, BadImages(len(eval_set), console.line), keep=False)
+    bad_images = BadImages(len(eval_set), console.line)
+    batches = build.open_eval_batches(eval_set, task, bad_images, keep=False)
     evaluation = evaluate(task, task.network(model), batches, eval_set, control)
-    console.line(f"step {state['step']}: {metrics_line(processes.from_rank_zero(evaluation.metrics, control))}")
-    return 0
+    bad_images.share(control)
+    metrics = metrics_line(processes.from_rank_zero(evaluation.metrics, control))
+    console.line(f"step {state['step']}: {metrics}" + f" ({bad_images.left(eval_set)})" * bool(bad_images.seen))
+    return 2 if bad_images.seen else 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from evaluation import (
     mutual_information,
     predictive_entropy,
 )
-from folders import SUFFIXES, find_classes, find_images, loose_images_note, not_read_note, same_name
+from folders import SUFFIXES, class_notes, find_classes, find_images, not_read_note, same_name
 from grpo import Reward, classification_policy_adapter, nll
 from images import ImageDataset, Prepared, draw_mirrored, mirror
 
@@ -149,7 +149,7 @@ class VisionClassificationDataset(ImageDataset):
         if not self.paths:
             raise InputError(f"{root}: no images ({' '.join(SUFFIXES)}) in its subdirectories")
         self.targets = torch.tensor(targets)
-        self.notes = (*not_read_note(not_read), *loose_images_note(root))
+        self.notes = (*not_read_note(not_read), *class_notes(root, folders))
 
 
 def classification_reward(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict) -> Tensor:

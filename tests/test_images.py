@@ -365,3 +365,27 @@ def test_a_prepared_model_takes_uint8_images():
     assert masks["pos_drop"].shape == (5, 2, 1, 16)
     assert torch.equal(network(x), -model(prepare(x, *scale)))
     assert torch.equal(images.Prepared(model, *scale)(x, masks), model(prepare(x, *scale), masks))
+
+
+def test_bad_images_of_all_processes_are_said_and_counted(monkeypatch):
+    """Each once; up to 1 % or three of them. Several processes hear of each other's, and stop together."""
+    said = []
+    alone = images.BadImages(400, said.append)
+    alone({"a": "a: no good", "b": "b: no good"})
+    alone({"b": "b: no good", "c": "c: no good"})
+    alone({"d": "d: no good"})
+    assert said == [f"warning: {name}: no good" for name in "abcd"]
+    few = "data.on_bad_image: skip: {} of {} images cannot be decoded, more than 1 % and more than 3, {} the first; "
+    assert message(alone, {"e": "e: no good"}).startswith(few.format(5, 400, "a"))
+    small = images.BadImages(8, said.append)
+    small(dict.fromkeys("abc", "no good"))
+    assert small.left(Numbered(7)) == "7 images"
+    small.seen.add("memory/1")
+    assert small.left(Numbered(7)) == "6 of 7 images"
+    small.seen.remove("memory/1")
+    assert message(small, {"d": "no good"}).startswith(few.format(4, 8, "a"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    first = images.BadImages(8, said.append)
+    first(dict.fromkeys("abcd", "no good"))
+    monkeypatch.setattr(images, "gather_everywhere", lambda own, group: [own, {"a": "no good", "z": "z: no good"}])
+    assert message(first.share, None).startswith(few.format(5, 8, "a")) and said[-1] == "warning: z: no good"

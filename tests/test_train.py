@@ -660,14 +660,21 @@ def test_bad_images_are_skipped_named_once_and_counted(capsys):
     assert run(*keys) == 0
     told = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert sorted(told) == ["eval/4/bad.png", str(bad[0])] and scalars()["data/bad_images"][20] == 2
+    assert run("--evaluate", "ckpt/tiny") == 2
+    out = capsys.readouterr().out.splitlines()
+    assert out[-2].startswith("warning: eval/4/bad.png: ") and out[-1].endswith(" (12 of 13 images)")
     right = scalars()["eval/accuracy"][20] * 12
     assert right == pytest.approx(round(right), abs=1e-4)  # of 12 images, not of 13
     for path in bad:
         path.write_text("no picture")
-    begin = r"data.on_bad_image: skip: \d of 229 images \(training and evaluation\) cannot be decoded, more than 1 % "
-    assert re.match(
-        begin + "and more than 3; the last: (train/1|eval/4/bad)", refusal(capsys, *keys, "training.run_name=more")
-    )
+    begin = r"data.on_bad_image: skip: \d of 229 images cannot be decoded, more than 1 % and more than 3, "
+    assert re.match(begin + "(train/1/|eval/4/bad).* the first; ", refusal(capsys, *keys, "training.run_name=more"))
+    shutil.rmtree("eval")
+    for i in (0, 1):
+        Path(f"eval/{i}").mkdir(parents=True)
+        Path(f"eval/{i}/bad.png").write_text("no picture")
+    assert run("--evaluate", "ckpt/tiny") == 2
+    assert capsys.readouterr().err == "train.py: eval: none of its images can be decoded\n"
 
 
 def test_a_data_set_that_changed_before_a_resume_is_said(capsys, monkeypatch):
