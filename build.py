@@ -31,6 +31,7 @@ from config import (
     read_yaml,
 )
 from data_types import InputError
+from deciding import Decider, decision_path, digest, load_decision
 from detection_task import Detection
 from evaluation import evaluate
 from grpo import Reward, RolloutSettings, UpdateSettings, keyed_rng
@@ -38,7 +39,7 @@ from images import BadImages, Batches, ImageDataset, Loading, keep_decoded, orde
 from pretrained import load_weights, read_pretrained
 from processes import rank_and_world
 from report import Console
-from scores import READY, ConfusionScore
+from scores import READY, ConfusionScore, RewardEvaluation
 from segmentation_task import Segmentation
 from vision_task import Classification, Task
 from vit_model import VisionTransformer
@@ -395,13 +396,36 @@ def open_eval_batches(
     return Batches(partial(ordered_batches, dataset, size, loading, *rank_and_world()), keep)
 
 
-def check_best(task: Task, network: nn.Module, batches: Batches | None, eval_set: ImageDataset | None) -> None:
-    """Raises InputError now, not at the first evaluation, if training.best is a metric that one batch has not. (That of
-    a single class may be missing from a batch.)"""
-    name = task.config["training"]["best"] or ""
+def open_judge(
+    task: Task, rewards: dict[str, tuple[Reward, float]], state: dict | None = None
+) -> Callable[[], RewardEvaluation]:
+    """What makes the `RewardEvaluation` of an evaluation, that decides as training.decide says; by what was fitted for
+    the run's checkpoint `state` where there is one. Raises InputError."""
+    decider = None
+    if task.config["training"]["decide"] == "reward":
+        training = task.config["training"]
+        if hasattr(task, "thresholds"):
+            raise InputError("training.decide: reward: boxes are decided in predict.py alone, see --fit there")
+        path = decision_path(Path(training["ckpt_dir"], training["run_name"]))
+        weighted = {name: reward for name, reward in rewards.items() if reward[1]}
+        fitted = load_decision(path, digest(state), list(weighted)) if state and path.exists() else None
+        decider = Decider(task, weighted, fitted)
+    return partial(RewardEvaluation, task, rewards, decider)
+
+
+def check_evaluation(
+    task: Task, network: nn.Module, batches: Batches | None, eval_set: ImageDataset | None, judge: Callable
+) -> None:
+    """Raises InputError now, not at the first evaluation, if one batch cannot be decided as training.decide says, or
+    has not the metric that training.best is. (That of a single class may be missing from a batch.)"""
+    training = task.config["training"]
+    name = training["best"] or ""
     of_all = name.startswith(("eval/", "eval_mc/")) and name.count("/") == 1
-    if batches and of_all and len(batch := next(iter(batches), ())):
-        task.best_metric(evaluate(task, network, [batch], eval_set).metrics() | {"eval/reward": 0.0})
+    if batches and (of_all or training["decide"] == "reward") and len(batch := next(iter(batches), ())):
+        rewards = judge()
+        metrics = evaluate(task, network, [batch], eval_set, rewards=rewards).metrics() | rewards.metrics()
+        if of_all:
+            task.best_metric(metrics)
 
 
 def open_data(task: Task, state: dict | None, console: Console) -> tuple[ImageDataset, ImageDataset | None, bool]:

@@ -141,6 +141,9 @@ SCHEMA: dict[str, Key] = {  # of every run; a task has further keys of its own (
         "chooses best.pt: a metric, as eval/nll, or a score of the confusion matrix; null: eval/reward, or the task's "
         "own metric where the reward is its first",
     ),
+    "training.decide": Key(
+        "argmax", str, "in evaluations; reward: the highest expected one", **one_of("argmax", "reward")
+    ),
     "training.patience": Key(None, int, "ends the run after so many evaluations without a better one", **at_least(1)),
     "training.save_interval": Key(200, int, "steps between checkpoints", **at_least(1)),
     "training.keep_checkpoints": Key(3, int, "step_*.pt files to keep; last.pt and best.pt stay", **at_least(1)),

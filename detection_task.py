@@ -8,6 +8,7 @@ A box in the head's raw space is (dx, dy, log w, log h): its centre from the pat
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -17,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from coco_annotations import read_annotations
-from coco_ap import average_precision, box_iou
+from coco_ap import average_precision, box_iou, matched
 from config import FRACTION, POSITIVE, Key, one_of
 from data_types import Credit, InputError, TensorMiniBatch
 from evaluation import DenseEvaluation, predictive_entropy, to_picture, to_tensor
@@ -332,6 +333,39 @@ def draw_boxes(picture: Image.Image, boxes: Tensor, names: list[str]) -> Image.I
     return picture
 
 
+Curves = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def f1_curves(detections: list[dict[str, Tensor]], truths: list[dict[str, Tensor]], classes: list[str]) -> Curves:
+    """For each class that truth or detections hold its scores [D], the best first, and the F1 at IoU 0.5 of the data
+    set's best 0, 1 … D detections, [D + 1]."""
+    curves = {}
+    for k, parts in matched(detections, truths).items():
+        scores, hit, miss, objects = zip(*parts)
+        scores, hit, miss = np.concatenate(scores), np.concatenate(hit, 1)[0], np.concatenate(miss, 1)[0]
+        order = np.argsort(-scores, kind="stable")
+        hits, misses = hit[order].cumsum(), miss[order].cumsum()
+        curves[classes[k]] = scores[order], np.append(0, 2 * hits / np.maximum(hits + misses + sum(objects), 1))
+    return curves
+
+
+def best_thresholds(curves: Curves) -> dict[str, float]:
+    """The score of each class from which on its detections have the highest F1, in the middle of the gap below it."""
+    thresholds = {}
+    for name, (scores, f1) in curves.items():
+        edges = np.concatenate([[1.0], scores, [0.0]])
+        cuts = edges[:-1] > edges[1:]  # after so many detections; between equal scores there is none
+        best = int(np.where(cuts, f1, -1).argmax())
+        thresholds[name] = float(edges[best : best + 2].mean())
+    return thresholds
+
+
+def mean_f1(curves: Curves, thresholds: dict[str, float]) -> float:
+    """The mean over the classes of F1 by the detections from a threshold on; SHOWN_SCORE where there is none."""
+    kept = {name: (scores >= thresholds.get(name, SHOWN_SCORE)).sum() for name, (scores, _) in curves.items()}
+    return float(np.mean([f1[kept[name]] for name, (_, f1) in curves.items()])) if curves else math.nan
+
+
 class BoxEvaluation(DenseEvaluation):
     """Collects truths and decoded detections; of the mean over T passes of class probabilities and raw boxes."""
 
@@ -370,6 +404,16 @@ class BoxEvaluation(DenseEvaluation):
         names = [self.dataset.classes[label] for label in objects["labels"].tolist()]
         return to_tensor(draw_boxes(picture, objects["boxes"] * BOX_PIXELS / image.shape[-1], names))
 
+    def curves(self) -> Curves:
+        """F1 over the score's threshold, of the mean over passes."""
+        return f1_curves(self.detections[1], self.truths, self.dataset.classes)
+
+    def lines(self) -> list[str]:
+        if self.task.thresholds is None:
+            return []
+        plain, fitted = (mean_f1(self.curves(), thresholds) for thresholds in ({}, self.task.thresholds))
+        return [f"F1, mean over the classes: {plain:.4f} at a score of {SHOWN_SCORE}, {fitted:.4f} by fitted scores"]
+
     def metrics_of_both(self) -> Iterator[dict[str, float]]:
         """mAP, AP50, AP75 as COCO's, F1 at IoU 0.5 of the patches' most likely classes, and each class's AP."""
         classes = self.dataset.classes
@@ -404,6 +448,7 @@ class Detection(Task):
     }
     best = "eval/map"
     dense = True
+    thresholds: dict[str, float] | None = None  # by class, the least score of a detection, where one was fitted
 
     def open(self, root: str, classes: list[str] | None = None) -> DetectionDataset:
         model, skip_bad = self.config["model"], self.config["data"]["on_bad_image"] == "skip"
@@ -454,14 +499,21 @@ class Detection(Task):
             {"class": classes[label], "score": score, "box": [x * length / side for x, length in zip(box, size * 2)]}
             for label, score, box in zip(*(found[name].tolist() for name in ("labels", "scores", "boxes")))
         ]
+        if self.thresholds is not None:
+            boxes = [box for box in boxes if box["score"] >= self.thresholds.get(box["class"], SHOWN_SCORE)]
         return {"boxes": boxes}, size[0]
 
+    def shown(self, record: dict) -> list[dict]:
+        """The boxes for words and pictures: those that were decided on, or of a score of at least 0.5."""
+        decided = self.thresholds is not None
+        return [box for box in record["boxes"] if decided or box["score"] >= SHOWN_SCORE]
+
     def in_words(self, record: dict) -> str:
-        shown = [box for box in record["boxes"] if box["score"] >= SHOWN_SCORE]
+        shown = self.shown(record)
         words = [f"{b['class']} ({b['score']:.0%}) at {' '.join(f'{x:.0f}' for x in b['box'])}" for b in shown]
         return ", ".join(words) or "nothing"
 
     def draw(self, picture: Image.Image, record: dict, found: int) -> dict[str, tuple[str, Image.Image]]:
-        shown = [box for box in record["boxes"] if box["score"] >= SHOWN_SCORE]
+        shown = self.shown(record)
         boxes = torch.tensor([box["box"] for box in shown]).view(-1, 4) * picture.width / found
         return {"picture": ("", draw_boxes(picture, boxes, [box["class"] for box in shown]))}
