@@ -5,6 +5,7 @@ import copy
 import inspect
 import math
 import os
+import tempfile
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from checkpoint import load_checkpoint
+from checkpoint import best_metric, load_checkpoint
 from config import (
     SCHEMA,
     SIZES,
@@ -29,7 +30,16 @@ from config import (
 from data_types import InputError
 from detection_task import Detection
 from grpo import Reward, RolloutSettings, UpdateSettings, keyed_rng
-from images import BadImages, Batches, ImageDataset, Loading, Prepared, keep_decoded, ordered_batches
+from images import (
+    BadImages,
+    Batches,
+    ImageDataset,
+    Loading,
+    Prepared,
+    keep_decoded,
+    ordered_batches,
+    shared_memory_note,
+)
 from pretrained import load_weights, read_pretrained
 from processes import rank_and_world
 from report import Console
@@ -45,7 +55,7 @@ def load_task(name: str) -> type[Task]:
     """One of the three tasks by name, or that of path/to/file.py or path/to/file.py:ClassName. Raises InputError."""
     if name in TASKS:
         return TASKS[name]
-    path, _, class_name = name.partition(":")
+    path, _, class_name = os.path.expanduser(name).partition(":")
     if not path.endswith(".py"):
         raise InputError(f"task: {name!r} is not allowed; expected {' | '.join(TASKS)} | path/to/file.py[:ClassName]")
     module = load_user_file(path, "task")
@@ -83,6 +93,9 @@ def configure(*layers: tuple[str, dict]) -> tuple[dict, Task]:
         raise InputError(f"task: {name!r} is not allowed; expected {schema_of()['task'].rule}")
     task = load_task(name)
     config = check(*layers, schema=schema_of(task))
+    named = any("data.eval_dir" in layer for _, layer in layers)
+    if not named and not os.path.exists(config["data"]["eval_dir"]):  # nobody asked for the default's folder
+        config["data"]["eval_dir"] = None
     return config, task(config)
 
 
@@ -211,7 +224,7 @@ def layers_of(file: tuple[str, dict], overrides: tuple[str, dict]) -> tuple[list
     path = (values[0] | values[1]).get("model.checkpoint_path")
     if not isinstance(path, str):
         return [file, overrides], []
-    found = read_pretrained(path)
+    found = read_pretrained(os.path.expanduser(path))
     told, assumed = ({f"model.{key}": value for key, value in part.items()} for part in (found.told, found.assumed))
     sizes, given = ({k: convert(k, v, SCHEMA[k]) for k, v in layer.items() if k in SIZES} for layer in values)
     width, yielding, heads = told["model.embed_dim"], [], "model.num_heads"
@@ -241,15 +254,17 @@ def open_run(args: argparse.Namespace, console: Console) -> tuple[Task, Path, di
     name = args.evaluate if args.resume is None else args.resume
     if name == "":
         raise InputError("--resume, --evaluate: the run's name is empty; expected ckpt/<run>")
-    run_dir = Path(name or "auto")
+    run_dir, asked = Path(name or "auto"), {}
     if name in (None, "auto"):  # this config's run
-        layers, lines = [(args.config, read_yaml(args.config)), overrides], []
+        written = read_yaml(args.config)
+        layers, lines = [(args.config, written), overrides], []
         try:
             layers, lines = layers_of(*layers)
         except InputError:
             if name is None:  # else the weights may be gone since the run began
                 raise
         config, task = configure(*layers)
+        asked = {key: value for key, value in flatten(config, args.config).items() if written.get(key) is not None}
         training = config["training"]
         training["run_name"] = training["run_name"] or Path(args.config).stem
         run_dir, log_dir = (Path(training[parent], training["run_name"]) for parent in ("ckpt_dir", "log_dir"))
@@ -257,22 +272,52 @@ def open_run(args: argparse.Namespace, console: Console) -> tuple[Task, Path, di
             if name is None and used.is_dir() and any(used.iterdir()):
                 hint = "go on with --resume auto, delete it, or name a new run with training.run_name=NAME"
                 raise InputError(f"{used} exists: {hint}")
-        if args.evaluate is None and not (run_dir / "last.pt").exists():
+        if args.evaluate is None and not any([*run_dir.glob("last.pt"), *run_dir.glob("step_*.pt")]):
             for line in lines:
                 console.line(line)
             return task, run_dir, None
-    state = load_checkpoint(run_dir)
+    state = load_checkpoint(run_dir, console.line if name == "auto" else None)
     run_dir = run_dir if run_dir.is_dir() else run_dir.parent  # given a file of the run
     config, task = configure((str(run_dir), flatten(state["config"], str(run_dir))), overrides)
-    config["training"] |= {"ckpt_dir": str(run_dir.parent), "run_name": run_dir.name}
+    for key, own in (("ckpt_dir", run_dir.parent), ("run_name", run_dir.name)):
+        if f"training.{key}" in overrides[1] and Path(config["training"][key] or own) != Path(own):
+            raise InputError(f"training.{key}: a run that goes on keeps its own, {own}; drop the key")
+        config["training"][key] = str(own)
+    if changed := [key for key, value in flatten(config, "").items() if asked.get(key, value) != value]:
+        console.line(
+            f"note: {args.config} has another {', '.join(changed)} than the run that goes on, whose own counts; a key "
+            "on the command line changes it"
+        )
     return task, run_dir, state
+
+
+def check_writable(training: SimpleNamespace) -> None:
+    """Raises InputError where checkpoints or TensorBoard's events cannot be written. Leaves nothing behind."""
+    for key in ("ckpt_dir", "log_dir"):
+        folder = Path(getattr(training, key), training.run_name)
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"x")
+            for path in new:
+                path.rmdir()
+        except OSError as error:
+            raise InputError(f"training.{key}: {folder} cannot be written ({error.strerror}); name another") from None
 
 
 def open_eval_set(task: Task, classes: list[str], console: Console) -> ImageDataset:
     """The evaluation's data set, whose classes are those of the training folder. Raises InputError."""
     eval_set = task.open(task.config["data"]["eval_dir"], classes)
     console.line(f"{task.config['data']['eval_dir']}: {len(eval_set)} images")
+    say_notes(eval_set, console)
     return eval_set
+
+
+def say_notes(dataset: ImageDataset, console: Console) -> None:
+    """Whatever else is to be known of a folder before the run begins."""
+    for note in dataset.notes:
+        console.line(f"note: {dataset.root}: {note}")
 
 
 def open_eval_batches(
@@ -295,19 +340,27 @@ def open_data(task: Task, state: dict | None, console: Console) -> tuple[ImageDa
     data = sections(task.config)[0]
     train_set = task.open(data.train_dir, state["classes"] if state else None)
     wanted, found = task.config["model"]["num_classes"], len(train_set.classes)
-    console.line(f"{data.train_dir}: {len(train_set)} images of {found} classes")
+    shown = ", ".join(f"{i} {name}" for i, name in enumerate(train_set.classes[:20])) + ", …" * (found > 20)
+    console.line(f"{data.train_dir}: {len(train_set)} images of {found} classes (id name): {shown}")
+    say_notes(train_set, console)
     eval_set = None
-    if data.eval_dir and Path(data.eval_dir).exists():
+    if data.eval_dir and not Path(data.eval_dir).exists() and state and best_metric(state) == -math.inf:
+        task.config["data"]["eval_dir"] = data.eval_dir = None  # older versions began such a run without evaluation
+    if not data.eval_dir:
+        console.line("data.eval_dir: null; training without evaluation")
+    elif Path(data.eval_dir).exists():
         eval_set = open_eval_set(task, train_set.classes, console)
     else:
-        reason = f"{data.eval_dir}: no such folder" if data.eval_dir else "null"
-        console.line(f"data.eval_dir: {reason}; training without evaluation")
+        raise InputError(f"data.eval_dir: {data.eval_dir}: no such folder; null trains without evaluation")
     if wanted not in (None, found):
         raise InputError(f"model.num_classes: {wanted}, but {data.train_dir} holds {found} classes; set it to null")
     cache, size = keep_decoded(data, train_set, eval_set)
     kept = "kept in memory after the first epoch" if cache else "decoded again each epoch"
     kept += " by each process" if rank_and_world()[1] > 1 else ""
     console.line(f"data.cache: {data.cache}: {size / 1e6:.0f} MB of decoded images, {kept}")
+    batch_bytes = size // (len(train_set) + len(eval_set or ())) * task.config["training"]["batch_size"]
+    for note in shared_memory_note(data.num_workers, batch_bytes // rank_and_world()[1]):
+        console.line(note)
     return train_set, eval_set, cache
 
 

@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,14 +115,39 @@ def read_file(path: Path) -> Any:
         raise InputError(f"{path}: not a checkpoint that can be read ({reason})") from None
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state that `save_checkpoint` wrote to the file `path`, or last to the folder `path`. Raises InputError."""
-    path = path / "last.pt" if path.is_dir() else path
+def load_checkpoint(path: Path, say: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """The state that `save_checkpoint` wrote to the file `path`, or last to the folder `path`. say: where the folder's
+    last.pt is damaged or gone, the newest whole step_*.pt is taken, and a line says so. Raises InputError."""
+    if not path.is_dir():
+        return load_whole(path)
+    try:
+        return load_whole(path / "last.pt")
+    except InputError as error:
+        for step in sorted(path.glob("step_*.pt"), key=lambda file: (len(file.name), file.name), reverse=True):
+            try:
+                state = load_whole(step)
+            except InputError:
+                continue
+            if not say:
+                raise InputError(f"{error}; the newest whole one is {step}, name it instead") from None
+            say(f"warning: {error}; going on from {step}, the newest whole one")
+            return state
+        raise
+
+
+def load_whole(path: Path) -> dict[str, Any]:
+    """The state in a file of `save_checkpoint`. Raises InputError."""
     state = read_file(path)
     missing = {"step", "model", "optimizer", "config", "classes"} - set(state if isinstance(state, dict) else ())
     if missing:
         raise InputError(f"{path}: not a checkpoint of this repo (it has no {', '.join(sorted(missing))})")
     return state
+
+
+def best_metric(state: dict[str, Any]) -> float:
+    """That of best.pt; -inf: the run was never evaluated."""
+    older = state.get("best_figure", state.get("best_accuracy", -math.inf))  # its names in older versions
+    return state.get("best_metric", older)
 
 
 @dataclass
@@ -152,7 +178,7 @@ def restore(state: dict[str, Any], optimizer: torch.optim.Optimizer, config: dic
         ) from None
     for group, own in zip(optimizer.param_groups, kept):
         group |= own
-    state = {"best_metric": state.get("best_figure", state.get("best_accuracy", -math.inf))} | state  # older names
+    state = {"best_metric": best_metric(state)} | state
     progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
     device = optimizer.param_groups[0]["params"][0].device
     progress.rows = [{name: value.to(device) for name, value in row.items()} for row in progress.rows]

@@ -23,8 +23,9 @@ from coco_ap import average_precision, box_iou
 from config import FRACTION, POSITIVE, Key, one_of
 from data_types import InputError, TensorMiniBatch
 from evaluation import DenseEvaluation, predictive_entropy, to_picture, to_tensor
+from folders import upright_size
 from grpo import nll
-from images import ImageDataset, decode_image, draw_mirrored, mirror, upright_size
+from images import ImageDataset, decode_image, draw_mirrored, mirror
 from vision_task import Task
 
 BOX_PIXELS = 192  # side of a picture with boxes

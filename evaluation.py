@@ -178,7 +178,8 @@ def evaluate(
     task, network, batches: Iterable[TensorMiniBatch], dataset: Dataset, group: dist.ProcessGroup | None = None
 ) -> Evaluation:
     """The task's `Evaluation` over all batches, on the network's device. network: see `Task.network`. group: where
-    several processes have every world-th batch; rank 0's evaluation is of them all, those of the others are empty."""
+    several processes have every world-th batch; rank 0's evaluation is of them all, those of the others are empty.
+    Raises InputError where no image can be decoded."""
     config, evaluation, device = task.config, task.evaluation(dataset), next(network.parameters()).device
 
     def outputs() -> Iterator[tuple[TensorMiniBatch, Tensor, Tensor]]:
@@ -191,8 +192,13 @@ def evaluate(
                 yield batch, network(batch.inputs), network(batch.inputs, masks)
 
     size = min(config["training"]["micro_batch_size"] or config["training"]["batch_size"], len(dataset))
-    for row in gathered(outputs(), math.ceil(len(dataset) / size), group) if group else outputs():
+    rows = gathered(outputs(), math.ceil(len(dataset) / size), group) if group else outputs()
+    empty = not (group and rank_and_world()[0])
+    for row in rows:
         evaluation.add(*row)
+        empty = False
+    if empty:
+        raise InputError(f"{dataset.root}: none of its images can be decoded")
     return evaluation
 
 

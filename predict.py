@@ -27,8 +27,9 @@ from checkpoint import load_checkpoint
 from config import flatten
 from data_types import InputError, printable
 from evaluation import load_pyplot, metrics_line, to_picture
+from folders import SUFFIXES, find_images
 from grpo import keyed_rng
-from images import SUFFIXES, Loading, decode_image, find_images, ordered_batches, to_rgb
+from images import BadImages, Loading, decode_image, ordered_batches, to_rgb, worker_death
 from vision_task import Task
 
 
@@ -90,7 +91,8 @@ def find_files(arguments: list[str]) -> list[tuple[str, str]]:
 
 def complain(*errors: Exception | str) -> None:
     for error in errors:
-        print(f"predict.py: {printable(str(error))}", file=sys.stderr, flush=True)
+        text = str(error) if isinstance(error, InputError) else printable(str(error))
+        print(f"predict.py: {text}", file=sys.stderr, flush=True)
 
 
 def open_picture(path: str) -> Image.Image:
@@ -112,11 +114,14 @@ def about(args: argparse.Namespace, task: Task, classes: list[str]) -> dict:
 def decode_files(files: list[tuple[str, str]], image_size: int) -> Iterator[tuple[str, str, Tensor]]:
     """The files in order, each with its image, uint8 [3, image_size, image_size]; of one that cannot be decoded there
     is a line on stderr instead."""
+    told = set()
     for path, name in files:
         try:
             yield path, name, decode_image(path, image_size)
         except InputError as error:
-            complain(error)
+            if path not in told:
+                complain(error)
+            told.add(path)
 
 
 def predict(args: argparse.Namespace) -> int:
@@ -144,37 +149,45 @@ def predict(args: argparse.Namespace) -> int:
             else:
                 uncertainties = f"{record['predictive_entropy']:7.4f}  {record['mutual_information']:18.4f}"
                 print(f"{printable(path):<{width}}  {uncertainties}  {printable(task.in_words(record))}")
+    if not decoded:
+        raise InputError(f"none of the {len(files)} images can be decoded")
     if args.json:
         print(json.dumps(about(args, task, classes) | {"images": records}, indent=1))
     return 0 if decoded == len(files) else 2
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Metrics of a folder in the task's format; returns the exit status."""
+    """Metrics of a folder in the task's format; returns the exit status, 2 where images had to be left out."""
     if args.out:
         load_pyplot()  # raises now, not after an hour, where matplotlib is missing
     network, task, classes = open_checkpoint(args)
     data = task.config["data"]
     dataset = task.open(args.evaluate, classes)
     evaluation = task.evaluation(dataset)
+    bad_images = BadImages(len(dataset), complain)
     on_bad = "drop" if data["on_bad_image"] == "skip" else "error"
-    loading = Loading(data["num_workers"], on_bad=on_bad, report=lambda bad: complain(*bad.values()))
+    loading = Loading(data["num_workers"], on_bad=on_bad, report=bad_images)
     for batch in ordered_batches(dataset, args.batch_size, loading):
         if len(batch):
             outputs, outputs_mc = network(batch.inputs, passes=False), network(batch.inputs)
             evaluation.add(batch.to(outputs.device), outputs, outputs_mc)
+    if len(bad_images.seen) == len(dataset):
+        raise InputError(f"{args.evaluate}: none of its {len(dataset)} images can be decoded")
     metrics = evaluation.metrics()
     if args.out:
         for name, picture in (evaluation.charts() | {"most_uncertain": to_picture(evaluation.draw())}).items():
             picture.save(args.out / f"{name}.png")
     if args.json:
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        result = {"num_images": len(dataset), "figures": finite} | evaluation.details()  # earlier versions' names
+        result = {
+            "num_images": len(dataset) - len(bad_images.seen),
+            "figures": finite,
+        } | evaluation.details()  # earlier versions' names
         print(json.dumps(about(args, task, classes) | result, indent=1))
     else:
-        print(f"{args.evaluate}: {len(dataset)} images, T = {task.config['rollout']['num_mc_samples']}")
+        print(f"{args.evaluate}: {bad_images.left(dataset)}, T = {task.config['rollout']['num_mc_samples']}")
         print(metrics_line(metrics), *evaluation.lines(), sep="\n")
-    return 0
+    return 2 if bad_images.seen else 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -182,9 +195,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", metavar="ckpt/<run>", help="a run (its last.pt), or a file in it")
+    parser.add_argument(
+        "checkpoint", type=os.path.expanduser, metavar="ckpt/<run>", help="a run (its last.pt), or a file in it"
+    )
     parser.add_argument("images", nargs="*", help="image files, and folders that are searched at any depth")
-    parser.add_argument("--evaluate", metavar="DIR", help="metrics of a folder in the format of the task's data")
+    parser.add_argument(
+        "--evaluate",
+        type=os.path.expanduser,
+        metavar="DIR",
+        help="metrics of a folder in the format of the task's data",
+    )
     parser.add_argument("--task", metavar="FILE", help="the task's file, where the checkpoint's has moved")
     parser.add_argument("--passes", type=int, metavar="T", help="dropout passes per image (those of the training)")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of the table")
@@ -204,6 +224,11 @@ def main(argv: list[str] | None = None) -> int:
         return evaluate(args) if args.evaluate else predict(args)
     except (InputError, OSError) as error:
         complain(error)
+        return 2
+    except RuntimeError as error:
+        if not (died := worker_death(error)):
+            raise
+        complain(died)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

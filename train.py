@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from functools import partial
+from os.path import expanduser
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from config import describe_keys, one_line
 from data_types import InputError
 from evaluation import evaluate, metrics_line
 from grpo import rollout, size_of, update_policy
-from images import BadImages, Loading, epoch_order, fingerprint, micro_batches, stream_batches
+from images import BadImages, Loading, epoch_order, fingerprint, micro_batches, stream_batches, worker_death
 from report import Clock, Console, Log, count_dead_steps, log_interval, read_rows
 
 REPLAY_BELOW = 0.6  # share of live groups below which a forward pass without a graph + a replay of the live is cheaper
@@ -39,14 +40,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"keys, with their defaults:\n{describe_keys(build.schema_of())}",
     )
-    parser.add_argument("--config", default="config.yaml", metavar="FILE", help="the run's YAML file (config.yaml)")
+    parser.add_argument(
+        "--config", type=expanduser, default="config.yaml", metavar="FILE", help="the run's YAML file (config.yaml)"
+    )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--resume",
+        type=expanduser,
         metavar="DIR|auto",
         help="go on with the run of ckpt/<run> and its config; auto: this config's run, if it exists",
     )
-    mode.add_argument("--evaluate", metavar="DIR", help="print the metrics of ckpt/<run> (last.pt), or of a file in it")
+    mode.add_argument(
+        "--evaluate",
+        type=expanduser,
+        metavar="DIR",
+        help="print the metrics of ckpt/<run> (last.pt), or of a file in it",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override keys of the config")
     return parser.parse_intermixed_args(argv)
 
@@ -100,6 +109,8 @@ def train(args: argparse.Namespace) -> int:
     mirror = task.mirror if data.augment else None
 
     # Train: rollout -> reward -> update -> log -> evaluate -> save.
+    if not rank:
+        build.check_writable(training)
     stop, clock = processes.catch_signals(), Clock()
     log = Log(Path(training.log_dir, training.run_name), progress.step + 1, task.config)
     for step in range(progress.step, training.steps):
@@ -126,6 +137,7 @@ def train(args: argparse.Namespace) -> int:
         if not (log_due or eval_due or save_due):
             continue
 
+        bad_images.share(control)
         is_best = False
         values = read_rows(progress.rows, done - len(progress.rows) + 1, task.config)
         if log_due:
@@ -172,10 +184,13 @@ def evaluate_run(args: argparse.Namespace) -> int:
     eval_set = build.open_eval_set(task, state["classes"], console)
     model, _ = build.open_model(task, eval_set.classes, state, console)
     control = processes.connect(next(model.parameters()).device)
-    batches = build.open_eval_batches(eval_set, task, BadImages(len(eval_set), console.line), keep=False)
+    bad_images = BadImages(len(eval_set), console.line)
+    batches = build.open_eval_batches(eval_set, task, bad_images, keep=False)
     evaluation = evaluate(task, task.network(model), batches, eval_set, control)
-    console.line(f"step {state['step']}: {metrics_line(processes.from_rank_zero(evaluation.metrics, control))}")
-    return 0
+    bad_images.share(control)
+    metrics = metrics_line(processes.from_rank_zero(evaluation.metrics, control))
+    console.line(f"step {state['step']}: {metrics}" + f" ({bad_images.left(eval_set)})" * bool(bad_images.seen))
+    return 2 if bad_images.seen else 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -200,6 +215,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     except RuntimeError as error:
+        if died := worker_death(error):  # DataLoader may complain at any moment
+            print(f"train.py: {died}", file=sys.stderr)
+            return 2
         if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
             raise
         print(f"train.py: another process is gone, or out of reach ({one_line(error)[:160]})", file=sys.stderr)

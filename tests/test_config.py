@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from build import configure, schema_of
 from config import SCHEMA, SIZES, check, convert, describe_keys, flatten, parse_override, read_yaml
 from data_types import InputError
+from train import parse
 
 EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True)
 ALL_KEYS = schema_of()  # those of the three tasks, too
@@ -74,8 +75,11 @@ def test_good_values(name, value, expected):
 
 
 WHOLE, NUMBER, REWARD = "a whole number", "a number", "a list or a mapping name: weight of at least one name or null"
+PIXELS = "(divide those of pixels from 0 to 255 by 255)"
+QUOTE = "; YAML reads this as {}: put it in quotes (on a command line \"{}='…'\")"
+KINDS = {int: "a number", bool: "true or false", datetime.date: "a date"}
 BAD_VALUES = {
-    "training.steps": (f"{WHOLE} >= 1", ["ten", "10", True, 10.0, 0, [1], {"a": 1}, datetime.date(2024, 1, 2)]),
+    "training.steps": (f"{WHOLE} >= 1", ["ten", "10", True, 10.0, 0, [1], {"a": 1}]),
     "training.seed": (f"{WHOLE} >= 0", [-1]),
     "model.num_classes": (f"{WHOLE} >= 1 or null", [0]),
     "model.dropout_blocks": (f"{WHOLE} >= 0 or null", [-1, True]),
@@ -94,9 +98,12 @@ BAD_VALUES = {
     "rollout.advantage": ("grpo | rloo | maxrl", ["ppo"]),
     "training.objective": ("grpo | supervised", ["Grpo"]),
     "training.dtype": ("auto | float32 | bfloat16", ["float16"]),
-    "training.run_name": ("the name of a folder or null", ["a/b", "..", "", 5]),
-    "data.mean": ("a list of three numbers", [[0.5, 0.5], 0.5, [0.5, 0.5, True], [0.5, 0.5, math.nan], [0, 0, None]]),
-    "data.std": ("a list of three numbers > 0", [[1, 1, 0], []]),
+    "training.run_name": ("the name of a folder or null", ["a/b", "..", "", 5, False, datetime.date(2026, 11, 25)]),
+    "data.mean": (
+        f"a list of three numbers >= 0 and <= 1 {PIXELS}",
+        [[0.5, 0.5], 0.5, [0.5, 0.5, True], [0.5, 0.5, math.nan], [0, 0, None], [123.7, 116.3, 103.5], [0, 0, -0.1]],
+    ),
+    "data.std": (f"a list of three numbers > 0 and <= 1 {PIXELS}", [[1, 1, 0], [], [58.4, 57.1, 57.4]]),
     "training.betas": ("a list of two numbers >= 0 and < 1", [[0.9, 1.0], [0.9, 0.99, 0.999]]),
     "rollout.reward": (
         REWARD,
@@ -113,7 +120,37 @@ def test_bad_values(name):
     expected, values = BAD_VALUES[name]
     for value in values:
         text = message(check, ("file", {name: value}), schema=ALL_KEYS)
-        assert text == f"{name}: {value!r} is not allowed; expected {expected}"
+        shown = "2026-11-25" if isinstance(value, datetime.date) else repr(value)
+        hint = QUOTE.format(KINDS[type(value)], name) if ALL_KEYS[name].kind is str and type(value) in KINDS else ""
+        assert text == f"{name}: {shown} is not allowed; expected {expected}{hint}"
+
+
+def test_yaml_is_read_as_people_mean_it(tmp_path):
+    """A key or section given twice, and numbers in another base than ten, are asked back, with file and line."""
+    file = tmp_path / "c.yaml"
+    for text, expected in (
+        ("data: {}\ntraining:\n  steps: 5\n  seed: 1\n  steps: 6", "line 5: steps is there twice, first in line 3"),
+        ("data: {}\ntraining: {}\nmodel: {}\ndata:\n  cache: auto", "line 4: data is there twice, first in line 1"),
+        ("rollout:\n  reward:\n    a: 1\n    a: 2", "line 4: a is there twice, first in line 3"),
+    ):
+        file.write_text(text)
+        assert message(read_yaml, str(file)) == f"{file}: {expected}; remove one"
+    for text, value in (("0100", "64"), ("0x10", "16"), ("0b11", "3"), ("1:30", "90"), ("-1:30.5", "-90.5")):
+        file.write_text(f"training: {{steps: {text}}}")
+        line = f"YAML reads {text} as {value}, in another base: write what is meant in base ten, or '{text}' for a text"
+        assert message(read_yaml, str(file)) == f"{file}: {line}"
+        assert message(parse_override, f"training.run_name={text}") == f"training.run_name={text}: {line}"
+    file.write_text("training: {steps: 1_000, seed: 0, learning_rate: 0.5}")
+    assert read_yaml(str(file)) == {"training.steps": 1000, "training.seed": 0, "training.learning_rate": 0.5}
+
+
+def test_a_tilde_is_the_home_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for name in ("data.train_dir", "data.eval_dir", "model.checkpoint_path", "training.ckpt_dir", "training.log_dir"):
+        assert convert(name, "~/x", ALL_KEYS[name]) == "/home/me/x"
+    assert convert("rollout.reward", ["~/r.py:f"], ALL_KEYS["rollout.reward"]) == {"/home/me/r.py:f": 1.0}
+    args = parse(["--config", "~/c.yaml", "--resume", "~/ckpt"])
+    assert (args.config, args.resume) == ("/home/me/c.yaml", "/home/me/ckpt")
 
 
 def test_null_is_allowed_where_it_means_something():

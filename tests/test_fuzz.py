@@ -20,9 +20,10 @@ from checkpoint import load_checkpoint
 from config import read_yaml
 from data_types import InputError
 from detection_task import DetectionDataset
-from images import decode_image, upright_size
+from folders import upright_size
+from images import decode_image
+from mask_files import decode_mask
 from pretrained import load_weights
-from segmentation_task import decode_mask
 from vit_model import VisionTransformer
 
 SECONDS = 5  # for one file, far more than any takes
@@ -106,7 +107,7 @@ def read_config(path: Path) -> None:
 
 KINDS = {  # so many files, of what, and how they are read
     "images": (1200, PICTURES, lambda path: (decode_image(str(path), 16), upright_size(str(path)))),
-    "masks": (200, PALETTES, lambda path: decode_mask(str(path), (20, 24), 8, 256)),
+    "masks": (200, PALETTES, lambda path: decode_mask(str(path), 8, np.arange(256, dtype=np.uint8))),
     "annotations": (200, [json.dumps(ANNOTATIONS).encode()], lambda path: DetectionDataset(str(path.parent), 8, 4)),
     "configs": (200, CONFIGS, read_config),
     "checkpoints": (150, [CHECKPOINT.getvalue()], load_checkpoint),
