@@ -68,6 +68,10 @@ class Task:
         policy = self.policy(outputs)
         return policy.probs if isinstance(policy, Categorical) else torch.stack([1 - policy.probs, policy.probs], -1)
 
+    def deployed(self, outputs: Tensor) -> dict[str, Tensor]:
+        """What an exported model returns: arranged outputs [B, …] -> name -> [B, …]."""
+        return {"probabilities": self.probabilities(outputs)}
+
     def supervised_loss(self, policy: Distribution, targets: Tensor) -> Tensor:
         """What `training.objective: supervised` minimises: targets [B, T, 1, E…] -> a loss of each, the same shape."""
         return nll(policy, targets)
