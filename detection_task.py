@@ -468,6 +468,13 @@ class Detection(Task):
         """Of the classes of each patch, the background last: […, P, K + 1]."""
         return self.policy(outputs).classes.probs
 
+    def deployed(self, outputs: Tensor) -> dict[str, Tensor]:
+        """The candidates before threshold and suppression, a patch each: boxes x0 y0 x1 y1 in pixels of the input
+        [B, P, 4], and the classes' probabilities, the background last [B, P, K + 1]."""
+        policy, model = self.policy(outputs), self.config["model"]
+        boxes = decode_boxes(policy.boxes.mean, model["patch_size"]).clamp(0, model["image_size"])
+        return {"boxes": boxes, "probabilities": policy.classes.probs}
+
     def supervised_loss(self, policy: ClassAndBox, targets: Tensor) -> Tensor:
         log_prob = self.config["detection"]["supervised_loss"] == "log_prob"
         return nll(policy, targets) if log_prob else cross_entropy_iou_loss(policy, targets)

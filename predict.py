@@ -3,6 +3,7 @@
     uv run predict.py ckpt/config_digits image.jpg folder/
     uv run predict.py ckpt/config_digits --evaluate data/eval --out charts
     uv run predict.py ckpt/tuned photos/ --decide reward
+    uv run predict.py ckpt/config_digits --export model.pt2
 
 Every image meets the same T Monte Carlo Dropout passes. Predictive entropy (of their mean) is the whole uncertainty, in
 nats; mutual information is the part the passes disagree on: what the model does not know, apart from what the image
@@ -17,11 +18,12 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
+from os.path import expanduser
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Bernoulli
 
 from build import build_model, configure, load_rewards, pick_device
@@ -32,6 +34,7 @@ from deciding import Decider, Decision, decide_with, decision_path, digest, load
 from deciding import fit as fit_decision
 from detection_task import best_thresholds, mean_f1
 from evaluation import load_pyplot, metrics_line, to_picture
+from export import export_model
 from folders import SUFFIXES, find_images
 from grpo import keyed_rng
 from images import BadImages, ImageDataset, Loading, decode_image, ordered_batches, to_rgb, worker_death
@@ -39,10 +42,8 @@ from scores import RewardEvaluation
 from vision_task import Task
 
 
-def open_checkpoint(args: argparse.Namespace) -> tuple[Callable, Task, list[str], str]:
-    """The checkpoint's network as a function of at most --batch-size uint8 images [B, 3, H, W]: outputs [B, T, …] of T
-    passes, or [B, …] of the deterministic network; its task; its classes; its digest. The passes are T functions, drawn
-    from the run's seed, the same for every image. Raises InputError."""
+def open_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Task, dict]:
+    """The checkpoint's model, its task, its state. Raises InputError."""
     path = args.checkpoint
     state = load_checkpoint(Path(path))
     overrides = {"task": args.task} if args.task else {}
@@ -50,7 +51,6 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[Callable, Task, list[str]
     config, task = configure((path, flatten(state["config"], path)), ("predict.py", overrides))
     if args.passes:  # after the check: what makes no sense in training may be asked of a trained model
         config["rollout"]["num_mc_samples"] = args.passes
-    device = pick_device("auto")
     model = build_model(task, len(state["classes"]), device)
     try:
         model.load_state_dict(state["model"])
@@ -58,7 +58,16 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[Callable, Task, list[str]
         raise InputError(f"{path}: its weights do not fit its config; take another checkpoint of the run") from None
     if not all(p.isfinite().all() for p in model.parameters()):
         raise InputError(f"{path}: its weights hold NaN or infinity; take another checkpoint of the run")
-    network = task.network(model)
+    return model, task, state
+
+
+def open_checkpoint(args: argparse.Namespace) -> tuple[Callable, Task, list[str], str]:
+    """The checkpoint's network as a function of at most --batch-size uint8 images [B, 3, H, W]: outputs [B, T, …] of T
+    passes, or [B, …] of the deterministic network; its task; its classes; its digest. The passes are T functions, drawn
+    from the run's seed, the same for every image. Raises InputError."""
+    device = pick_device("auto")
+    model, task, state = open_model(args, device)
+    network, config = task.network(model), task.config
     with keyed_rng(config["training"]["seed"], "predict"):
         masks = model.sample_masks(1, config["rollout"]["num_mc_samples"])  # name -> [1, T, 1, width]
     masks = {name: mask.expand(args.batch_size, -1, -1, -1) for name, mask in masks.items()}
@@ -256,6 +265,18 @@ def evaluate(args: argparse.Namespace) -> int:
     return 2 if bad_images.seen else 0
 
 
+def export(args: argparse.Namespace) -> int:
+    """Writes the model as a file that needs nothing of this repo; returns the exit status."""
+    model, task, state = open_model(args, torch.device("cpu"))
+    about = export_model(model, task, state["classes"], args.export)
+    if args.json:
+        print(json.dumps(about))
+    else:
+        outputs = ", ".join(f"{name} {['B', *shape]}".replace("'", "") for name, shape in about["outputs"].items())
+        print(f"{args.export}: uint8 images [B, 3, {about['height']}, {about['width']}] -> {outputs}")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 2 for bad input (the images that can be read are predicted)."""
     parser = argparse.ArgumentParser(
@@ -278,6 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--passes", type=int, metavar="T", help="dropout passes per image (those of the training)")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of the table")
     parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder for pictures, masks, charts")
+    parser.add_argument("--export", type=Path, metavar="FILE", help="write the model as a .pt2 file (docs/deploy.md)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="B", help="images at a time (16)")
     args = parser.parse_intermixed_args(argv)
     try:
@@ -290,6 +312,14 @@ def main(argv: list[str] | None = None) -> int:
                 raise InputError(f"{other}: {option} takes its images from {folder} alone; drop one")
         if args.out and args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
             raise InputError(f"{args.out} exists: nothing is overwritten; name a new folder with --out")
+        if args.export and (args.evaluate or args.fit or args.images or args.out):
+            raise InputError(
+                f"--export {args.export}: it writes the model and predicts nothing; drop the images or folder"
+            )
+        if args.export and (args.export.suffix != ".pt2" or args.export.exists()):
+            raise InputError(f"--export {args.export}: nothing is overwritten; name a new file that ends in .pt2")
+        if args.export:
+            return export(args)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
         return fit(args) if args.fit else evaluate(args) if args.evaluate else predict(args)

@@ -75,7 +75,7 @@ def train(args: argparse.Namespace) -> int:
     # Data and model. Each process checks them for itself; only then do the processes meet.
     train_set, eval_set, cache = build.open_data(task, state, console)
     model, reference = build.open_model(task, train_set.classes, state, console)
-    network, reference_network = task.network(model), task.network(reference) if reference else None
+    network, reference_network = build.open_networks(task, model, reference, (train_set, eval_set), console)
     device = next(model.parameters()).device
     control = processes.connect(device)
 

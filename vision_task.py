@@ -74,6 +74,10 @@ class Task:
         `predict.py --decide reward` puts those of the highest expected reward in its place."""
         return self.probabilities(outputs).mean(0).argmax(-1)
 
+    def deployed(self, outputs: Tensor) -> dict[str, Tensor]:
+        """What an exported model returns: arranged outputs [B, …] -> name -> [B, …]."""
+        return {"probabilities": self.probabilities(outputs)}
+
     def supervised_loss(self, policy: Distribution, targets: Tensor) -> Tensor:
         """What `training.objective: supervised` minimises: targets [B, T, 1, E…] -> a loss of each, the same shape."""
         return nll(policy, targets)

@@ -3,6 +3,7 @@
     uv run tools/bench.py                          # config.yaml and config_digits.yaml, under five minutes on 2 cores
     uv run tools/bench.py --config my.yaml
     uv run tools/bench.py --tasks                  # the step of config_segmentation.yaml and config_detection.yaml
+    uv run tools/bench.py --frozen --images DIR    # a ViT-S/14 at 98x98 whose frozen blocks' tokens are kept
     uv run tools/bench.py --plan --config config_24GB.yaml    # GPU memory of a config by calculation, in no time
     uv run tools/bench.py --scan 1000000                      # finding so many image files
     uv run tools/bench.py --scan-boxes 100000                 # opening so many images with seven boxes each
@@ -45,8 +46,9 @@ from data_types import InputError, TensorMiniBatch
 from detection_task import DetectionDataset
 from folders import find_images, upright_sizes
 from grpo import keyed_rng, mean_counted, rollout, size_of, update_policy
-from images import Loading, epoch_order, keep_decoded, micro_batches, prepare, stream_batches
+from images import Loading, Prepared, epoch_order, keep_decoded, micro_batches, prepare, stream_batches
 from report import Clock
+from token_cache import Cached, TokenCache, kept_blocks
 from vision_task import Task, VisionClassificationDataset
 from vit_model import VisionTransformer
 
@@ -56,6 +58,9 @@ GRPO |= {"rollout.action": "sample", "rollout.num_mc_samples": 4, "rollout.actio
 ALL_BLOCKS = GRPO | {"model.dropout_blocks": None}
 DEEP = {"image_size": 224, "patch_size": 32, "embed_dim": 192, "num_heads": 3, "depth": 8, "dropout_blocks": 2}
 LIVE_EVERY = 5  # 20 % live groups
+VIT_S = {"patch_size": 14, "embed_dim": 384, "depth": 12, "num_heads": 6, "mlp_ratio": 4.0, "image_size": 98}
+VIT_S = {f"model.{name}": value for name, value in VIT_S.items()}
+VIT_S |= {"rollout.num_mc_samples": 2, "training.batch_size": 64, "training.micro_batch_size": None}
 
 
 @dataclass
@@ -135,10 +140,12 @@ def build_setup(path: str, overrides: dict, images: int | None = None) -> Setup:
     return Setup(task, model, optimizer, build.load_rewards(task), reference, batch)
 
 
-def grpo_step(s: Setup, step: int = 0, keep_graph: bool = True) -> dict[str, Tensor]:
-    """What `train.py` does between having a batch and having its metrics."""
+def grpo_step(
+    s: Setup, step: int = 0, keep_graph: bool = True, network: torch.nn.Module | None = None
+) -> dict[str, Tensor]:
+    """What `train.py` does between having a batch and having its metrics. network: None for the task's."""
     data, _, training = build.sections(s.task.config)
-    network, roll = s.task.network(s.model), build.rollout_settings(s.task.config)
+    network, roll = network or s.task.network(s.model), build.rollout_settings(s.task.config)
     policy = partial(s.task.policy, progress=step / training.steps)
     settings, key = build.update_settings(s.task, len(s.batch)), (training.seed, step)
     mirror, reference = s.task.mirror if data.augment else None, s.task.network(s.reference) if s.reference else None
@@ -238,6 +245,38 @@ def mostly_dead(path: str, budget: float) -> Row:
 
     figure = "step with 20 % live groups ÷ all live in one pass, all blocks stochastic"
     return ratio(figure, replay, lambda: grpo_step(every), budget, 0.60)
+
+
+class NoTrunk(torch.nn.Module):
+    """The network of a batch whose inputs are the tokens that enter block `start`."""
+
+    def __init__(self, network: Prepared, start: int):
+        super().__init__()
+        self.network, self.start, self.sample_masks = network, start, network.sample_masks
+
+    def forward(self, tokens: Tensor, masks: dict[str, Tensor] | None = None) -> Tensor:
+        return self.network.arrange(self.network.model(tokens, masks, start=self.start))
+
+
+def frozen_trunk(path: str, images: str | None, budget: float) -> Iterator[Row]:
+    """A step on a batch met before, as `train.py` makes it: with the frozen blocks run again ÷ with their tokens kept,
+    and that ÷ a step whose batch is the tokens; for one trained block, and for none (the head alone is trained)."""
+    for frozen, dropout_blocks, at_least in ((11, 1, 8.0), (12, 0, 25.0)):
+        overrides = GRPO | VIT_S | {"training.freeze_blocks": frozen, "model.dropout_blocks": dropout_blocks}
+        s = build_setup(path, overrides | ({"data.train_dir": images} if images else {}))
+        network, dataset = s.task.network(s.model), s.task.open(s.task.config["data"]["train_dir"])
+        start = kept_blocks(s.task.config["model"], frozen)
+        tokens = Cached(network, start, None).trunk(s.batch.inputs)
+        cached = Cached(network, start, TokenCache(torch.empty(len(dataset), *tokens.shape[1:])))
+        bare = replace(s, batch=replace(s.batch, inputs=tokens))
+        what = f"ViT-S/14 at 98x98, {frozen} blocks frozen, dropout_blocks {dropout_blocks}"
+        times = pairs(lambda s=s: grpo_step(s), lambda s=s, c=cached: grpo_step(s, network=c), budget)
+        yield Row(f"images/s, {what}, tokens kept", [len(s.batch) / y for _, y in times])
+        yield Row("the same, tokens computed each time", [len(s.batch) / x for x, _ in times])
+        yield Row("their ratio", [x / y for x, y in times], at_least=at_least)
+        kept = partial(grpo_step, s, network=cached)
+        without = partial(grpo_step, bare, network=NoTrunk(network, start))
+        yield ratio("tokens kept ÷ a step without a trunk", kept, without, budget / 3, 1.25 if dropout_blocks else None)
 
 
 def actions_are_free(path: str, budget: float) -> Row:
@@ -404,6 +443,9 @@ def memory_plan(task: Task, world: int = 1) -> dict[str, float]:
 def figures(args: argparse.Namespace) -> Iterator[Row]:
     """All rows of the table, each as soon as it is measured."""
     first, budget = args.config[0], args.seconds
+    if args.frozen:
+        yield from frozen_trunk(first, args.images, budget)
+        return
     if args.tasks:
         for path, at_most in (("config_segmentation.yaml", 1.25), ("config_detection.yaml", None)):
             yield step_over_plain(path, {"rollout.actions_per_sample": 4}, "A = 4", at_most, budget)
@@ -425,6 +467,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", default=["config.yaml", "config_digits.yaml"], metavar="FILE")
     parser.add_argument("--tasks", action="store_true", help="masks and boxes instead (data/scenes has to be there)")
+    parser.add_argument("--frozen", action="store_true", help="kept tokens of frozen blocks instead")
+    parser.add_argument("--images", metavar="DIR", help="for --frozen: class folders of images (the config's)")
     parser.add_argument("--plan", action="store_true", help="GPU memory of the configs, by calculation")
     parser.add_argument("--scan", type=int, metavar="N", help="time and memory to find N image files")
     parser.add_argument("--scan-boxes", type=int, metavar="N", help="time to open N images with boxes")
