@@ -28,7 +28,7 @@ from config import describe_keys, one_line
 from data_types import InputError
 from evaluation import evaluate, metrics_line
 from grpo import rollout, size_of, update_policy
-from images import BadImages, Loading, epoch_order, fingerprint, micro_batches, stream_batches, worker_death
+from images import BadImages, Loading, epoch_order, fingerprint, micro_batches, stream_batches
 from report import Clock, Console, Log, count_dead_steps, log_interval, read_rows
 from scores import open_scores
 
@@ -229,9 +229,6 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     except RuntimeError as error:
-        if died := worker_death(error):  # DataLoader may complain at any moment
-            print(f"train.py: {died}", file=sys.stderr)
-            return 2
         if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
             raise
         print(f"train.py: another process is gone, or out of reach ({one_line(error)[:160]})", file=sys.stderr)
