@@ -20,6 +20,7 @@ NOT_READ -= set(SUFFIXES)
 SYSTEM = {"@eadir", "__macosx", "$recycle.bin", "system volume information", "lost+found", "#recycle", "@recycle"}
 MOST_LINES = 10  # of one message
 OrientationTag, WidthTag, HeightTag = ExifTags.Base.Orientation, ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations
 
 
 def is_visible(name: str) -> bool:
@@ -78,19 +79,29 @@ def has_late_text(image: Image.Image) -> bool:
     return False
 
 
-def upright_size(path: str) -> tuple[int, int]:
-    """Width and height of the image file as `images.decode_image` turns it, from its header. Raises InputError."""
+def read_header(path: str) -> tuple[tuple[int, int], int]:
+    """Width and height of the image file as stored, and its EXIF orientation. Raises InputError."""
     try:
         with Image.open(path) as image:
             if image.format == "TIFF":  # Pillow turns these by itself, some versions on opening, others on loading
-                size, turn = (image.tag_v2[WidthTag], image.tag_v2[HeightTag]), image.tag_v2.get(OrientationTag, 1)
-            else:
-                early = image.format == "PNG" and not has_late_text(image)  # a PNG's own method decodes the pixels
-                exif = Image.Image.getexif(image) if early else image.getexif()
-                size, turn = image.size, exif.get(OrientationTag, 1)
+                size = image.tag_v2[WidthTag], image.tag_v2[HeightTag]
+                return size, image.tag_v2.get(OrientationTag, 1)
+            early = image.format == "PNG" and not has_late_text(image)  # a PNG's own method decodes the pixels
+            exif = Image.Image.getexif(image) if early else image.getexif()
+            return image.size, exif.get(OrientationTag, 1)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise InputError(f"{path}: not a readable image ({one_line(error)}); repair or remove it") from error
-    return size[::-1] if turn in (5, 6, 7, 8) else size
+
+
+def upright_size(path: str) -> tuple[int, int]:
+    """Width and height of the image file as `images.decode_image` turns it, from its header. Raises InputError."""
+    size, turn = read_header(path)
+    return size[::-1] if turn in SIDEWAYS else size
+
+
+def is_sideways(path: str) -> bool:
+    """Whether the file's EXIF orientation swaps width and height. Raises InputError."""
+    return read_header(path)[1] in SIDEWAYS
 
 
 def upright_sizes(paths: Iterable[str]) -> list[tuple[int, int] | InputError]:

@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from config import one_line
 from data_types import InputError
-from folders import SUFFIXES, find_images, is_visible, not_read_note, refuse, same_name, upright_sizes
+from folders import SUFFIXES, find_images, is_sideways, is_visible, not_read_note, refuse, same_name, upright_sizes
 
 IGNORED, NO_CLASS = 255, 254  # in place of a class id
 MOST_COUNTED = 5000  # masks that are decoded before a run
@@ -96,16 +96,10 @@ def check_sizes(images: list[str], masks: list[str], skip: bool) -> None:
             (wide, high), other = sizes
             line = f"{mask}: the mask has {other[0]}x{other[1]} pixels, its image {wide}x{high}"
             for path, turn in ((image, "the mask, too, or drop the tag"), (mask, "the image, too, or drop the tag")):
-                if other == (high, wide) and is_turned(path):
+                if other == (high, wide) and is_sideways(path):
                     line += f"; EXIF turns {path} by 90 degrees: turn {turn}"
             findings.append(line)
     refuse(findings)
-
-
-def is_turned(path: str) -> bool:
-    """Whether the file's EXIF orientation swaps width and height."""
-    with Image.open(path) as image:
-        return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
 
 
 def plain(name: str) -> str:
