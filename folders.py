@@ -37,18 +37,23 @@ def folder_error(error: OSError) -> InputError:
     return InputError(f"{error.filename}: cannot be opened ({error.strerror}); change its permissions or move it")
 
 
+def leads_back(real: str, home: str) -> bool:
+    """Whether a link to the real path `real`, met below the real path `home`, leads in a circle: to it or above it."""
+    return home == real or home.startswith(os.path.join(real, ""))
+
+
 def find_images(root: str, not_read: Counter | None = None) -> list[str]:
     """All image files at any depth below `root`, sorted; links are followed, hidden and system folders are not.
     not_read: counts, by suffix, the files that look like images of other formats. Raises InputError for a folder that
     cannot be opened."""
-    found, visited = [], set()
+    found, visited, home = [], set(), os.path.realpath(root)
 
     def stop(error: OSError) -> None:
         raise folder_error(error) from None
 
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=stop):
         real = os.path.realpath(folder)
-        if real in visited:  # a link in a circle
+        if real in visited or (visited and leads_back(real, home)):  # a link in a circle
             subfolders.clear()
             continue
         visited.add(real)
@@ -150,8 +155,10 @@ def find_classes(root: str, known: Iterable[str] | None = None) -> dict[str, str
     else."""
     if not os.path.isdir(root):
         raise InputError(f"{root}: no such folder; {FOLDER_HINT}")
-    entries = list_folder(root)
+    entries, home = list_folder(root), os.path.realpath(root)
     names = sorted((e.name for e in entries if e.is_dir() and is_visible(e.name)), key=natural_key)
+    real = {name: os.path.realpath(os.path.join(root, name)) for name in names}
+    names = [name for name in names if not leads_back(real[name], home)]
     unknown = [name for name in names if known is None or same_name(name) not in set(map(same_name, known))]
     if unknown:
         refuse_other_purposes(root, names, entries)
@@ -160,10 +167,14 @@ def find_classes(root: str, known: Iterable[str] | None = None) -> dict[str, str
     if not names:
         raise InputError(f"{root}: no subdirectories; {FOLDER_HINT}")
     folders: dict[str, str] = {}
+    owner: dict[str, str] = {}
     for name in names:
+        path = os.path.join(root, name)
         if other := folders.get(same_name(name)):
-            raise InputError(f"{os.path.join(root, name)}: its name looks like that of {other}; rename one of them")
-        folders[same_name(name)] = os.path.join(root, name)
+            raise InputError(f"{path}: its name looks like that of {other}; rename one of them")
+        if other := owner.get(real[name]):
+            raise InputError(f"{path}: by a link it is the same folder as {other}; remove one of the two classes")
+        folders[same_name(name)] = owner[real[name]] = path
     return folders
 
 

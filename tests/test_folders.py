@@ -130,6 +130,19 @@ def test_find_images_follows_links_but_not_in_circles(tmp_path):
     assert found == ["a/far.png", "linked.png", "own.png"]
 
 
+def test_links_that_lead_above_a_folder_are_circles(tmp_path):
+    """They would put the images of other classes into this one."""
+    own, other = touch(tmp_path / "a" / "own.png"), touch(tmp_path / "b" / "other.png")
+    for name, to in (("up", ".."), ("upper", "../.."), ("self", ".")):
+        (tmp_path / "a" / name).symlink_to(to)
+        (tmp_path / name).symlink_to(to)
+    assert find_images(str(tmp_path / "a")) == [own] and find_images(str(tmp_path)) == [own, other]
+    assert list(find_classes(str(tmp_path))) == ["a", "b"]
+    (tmp_path / "c").symlink_to("a")
+    expected = f"{tmp_path}/c: by a link it is the same folder as {tmp_path}/a; remove one of the two classes"
+    assert message(find_classes, str(tmp_path)) == expected
+
+
 @pytest.mark.parametrize("place", ["before the pixels", "behind the pixels", "in text"])
 def test_the_size_of_a_turned_png_takes_no_decoding(tmp_path, monkeypatch, place):
     """Unless its orientation stands behind the pixels, where some tools write it."""
