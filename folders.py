@@ -17,6 +17,8 @@ SUFFIXES += (".avif",) if features.check("avif") else ()
 NOT_READ = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".jpe", ".svg", ".eps", ".pdf", ".psd", ".ico", ".tga"}
 NOT_READ |= {".dcm", ".nii", ".exr", ".hdr", ".npy", ".npz", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".dng"}  # cameras'
 NOT_READ -= set(SUFFIXES)
+NO_IMAGES = {".txt", ".xml", ".json", ".csv", ".tsv", ".yaml", ".yml", ".md", ".html", ".db", ".ini", ".py", ".zip"}
+STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")  # of image files, whatever their names
 SYSTEM = {"@eadir", "__macosx", "$recycle.bin", "system volume information", "lost+found", "#recycle", "@recycle"}
 MOST_LINES = 10  # of one message
 OrientationTag, WidthTag, HeightTag = ExifTags.Base.Orientation, ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength
@@ -44,8 +46,8 @@ def leads_back(real: str, home: str) -> bool:
 
 def find_images(root: str, not_read: Counter | None = None) -> list[str]:
     """All image files at any depth below `root`, sorted; links are followed, hidden and system folders are not.
-    not_read: counts, by suffix, the files that look like images of other formats. Raises InputError for a folder that
-    cannot be opened."""
+    not_read: counts, by suffix, the files that look like images of other formats, or are images under a suffix that is
+    not read. Raises InputError for a folder that cannot be opened."""
     found, visited, home = [], set(), os.path.realpath(root)
 
     def stop(error: OSError) -> None:
@@ -63,9 +65,20 @@ def find_images(root: str, not_read: Counter | None = None) -> list[str]:
                 continue
             if name.lower().endswith(SUFFIXES):
                 found.append(os.path.join(folder, name))
-            elif not_read is not None and (suffix := os.path.splitext(name)[1].lower()) in NOT_READ:
-                not_read[suffix] += 1
+            elif not_read is not None:
+                suffix = os.path.splitext(name)[1].lower()
+                if suffix in NOT_READ or (suffix not in NO_IMAGES and starts_as_image(os.path.join(folder, name))):
+                    not_read[suffix or "without a suffix"] += 1
     return sorted(found)
+
+
+def starts_as_image(path: str) -> bool:
+    try:
+        with open(path if os.path.isfile(path) else os.devnull, "rb") as file:  # a pipe would be waited for
+            start = file.read(12)
+    except OSError:
+        return False
+    return start.startswith(STARTS) or (start[:4], start[8:]) == (b"RIFF", b"WEBP")
 
 
 def not_read_note(not_read: Counter) -> list[str]:

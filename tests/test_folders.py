@@ -1,5 +1,6 @@
 """folders.py: which files are found, and what is said of the others."""
 
+import io
 import os
 import unicodedata
 from collections import Counter
@@ -19,6 +20,11 @@ def touch(path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     return str(path)
+
+
+def encoded(kind: str) -> bytes:
+    Image.new("RGB", (2, 2)).save(buffer := io.BytesIO(), kind)
+    return buffer.getvalue()
 
 
 def test_find_images_at_any_depth_with_any_case_of_suffix(tmp_path):
@@ -44,6 +50,23 @@ def test_system_folders_are_left_alone_and_other_formats_counted(tmp_path):
     assert find_images(str(tmp_path), not_read) == expected and not_read == {".heic": 2, ".jp2": 1}
     assert not_read_note(not_read) == [f"not read: 2 .heic, 1 .jp2 (the formats that are: {' '.join(SUFFIXES)})"]
     assert not_read_note(Counter()) == []
+
+
+def test_images_under_a_suffix_that_is_not_read_are_counted(tmp_path):
+    """Whatever it is, or without any; not texts, whatever begins them, and not what cannot be opened."""
+    data = {kind: encoded(kind) for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP")}
+    for i, picture in enumerate(data.values()):
+        (tmp_path / f"a{i}").write_bytes(picture)
+    (tmp_path / "b.jpg_large").write_bytes(data["JPEG"])
+    (tmp_path / "c.png.1").write_bytes(data["PNG"])
+    (tmp_path / "LICENSE").write_text("MIT")
+    (tmp_path / "d.txt").write_bytes(data["PNG"])
+    (tmp_path / "e.wav").write_bytes(b"RIFF\x24\0\0\0WAVEfmt ")
+    (tmp_path / "nowhere").symlink_to("none")
+    os.mkfifo(tmp_path / "pipe")
+    not_read = Counter()
+    assert find_images(str(tmp_path), not_read) == []
+    assert not_read == {"without a suffix": 5, ".jpg_large": 1, ".1": 1}
 
 
 def test_a_folder_that_cannot_be_opened_is_an_error(tmp_path):
