@@ -21,11 +21,12 @@ from torch.utils.data import Dataset
 
 from coco_ap import average_precision, box_iou
 from config import FRACTION, POSITIVE, Key, one_of
-from data_types import InputError, TensorMiniBatch
+from data_types import Credit, InputError, TensorMiniBatch
 from evaluation import DenseEvaluation, predictive_entropy, to_picture, to_tensor
 from folders import upright_size
-from grpo import nll
+from grpo import compute_advantages, nll
 from images import ImageDataset, decode_image, draw_mirrored, mirror
+from set_credit import THRESHOLDS, set_values
 from vision_task import Task
 
 BOX_PIXELS = 192  # side of a picture with boxes
@@ -222,6 +223,15 @@ class ClassAndBox(Distribution):
     def mode(self) -> Tensor:
         return pack(self.classes.mode, self.boxes.mode)
 
+    def every_choice(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of `choices.py`: each class with the mean box, [K + 1, ..., 2, P, 4]; log π of it, [K + 1, ..., 2, P]
+        (of a box, which has no choices, that of K + 1 equal ones); and that classes alone are categorical, [2, 1]."""
+        logits = self.classes.logits.movedim(-1, 0)  # [K + 1, ..., P]
+        boxes = self.boxes.mean.expand(len(logits), *self.boxes.mean.shape)
+        actions = pack(self.classes.enumerate_support(), boxes)
+        log_probs = torch.stack([logits, torch.full_like(logits, -math.log(len(logits)))], -2)
+        return actions, log_probs, torch.tensor([[True], [False]], device=logits.device)
+
 
 @register_kl(ClassAndBox, ClassAndBox)
 def kl_class_and_box(p: ClassAndBox, q: ClassAndBox) -> Tensor:
@@ -256,6 +266,37 @@ def detection_f1_reward(actions: Tensor, outputs: Tensor, targets: Tensor, metad
     probs = box_policy_adapter(outputs).classes.probs
     hits, found, true = (x.view(actions.shape[:3]) for x in match_sets(actions, probs, metadata))
     return torch.where(found + true == 0, 1.0, 2 * hits / (found + true).clamp(min=1)).to(probs.dtype)
+
+
+def detection_set_credit(
+    actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict, thresholds: tuple[float, ...] = THRESHOLDS
+) -> Credit:
+    """The set of boxes that an action decodes to, scored as a whole (`set_credit.py`), with exact credit: the values of
+    all choices of each patch's class, the others as drawn, mean over the draws, times M + 1, so that an object weighs
+    about as much in full and in empty images. Crowds and empty boxes are no objects; a patch in a crowd is not in the
+    set. A box learns beside it from its IoU with the patch's object, by maxrl's advantages.
+
+    actions: [B, T, A, 2, P, 4]; outputs: [B, T, P, K + 1 + 4]; metadata: see `DetectionDataset.batch`. Values are
+    [B, T, 2, P, K + 1], 0 for boxes; the scores are one per action, [B, T, A]."""
+    num_classes, (truth, labels, crowd) = outputs.shape[-1] - 5, (metadata[x] for x in ("boxes", "labels", "crowd"))
+    empty = (truth[..., 2:] <= truth[..., :2]).any(-1)
+    labels = F.pad(torch.where(crowd | empty, -1, labels), (0, 1), value=-1)  # [B, M]; there may be no object
+    truth = F.pad(truth, (0, 0, 0, 1)).to(actions.dtype)
+    classes, boxes = actions[..., 0, :, 0].long(), decode_boxes(actions[..., 1, :, :], metadata["patch_size"])
+    if (counted := metadata.get("counted")) is not None:
+        classes = torch.where(counted[:, None, None, 0], classes, num_classes)
+    iou = box_iou(boxes[..., None, :], truth[:, None, None, None])  # [B, T, A, P, M]
+    labels = labels[:, None, None].expand(*iou.shape[:3], -1)
+    score, values = set_values(classes, iou, labels, num_classes, thresholds)
+    values = values.mean(2) * ((labels[:, :1, 0] >= 0).sum(-1) + 1)[..., None, None]  # [B, T, P, K + 1]
+    own = box_iou(raw_to_corners(actions[..., 1, :, :]), raw_to_corners(targets[:, None, None, 1]))
+    advantages = F.pad(compute_advantages(own, "maxrl").unsqueeze(-2), (0, 0, 1, 0))
+    return Credit(advantages, score, F.pad(values.unsqueeze(2), (0, 0, 0, 0, 0, 1)))
+
+
+def detection_set_credit_50(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict) -> Credit:
+    """`detection_set_credit` at one threshold, IoU 0.5, as F1 is counted."""
+    return detection_set_credit(actions, outputs, targets, metadata, thresholds=THRESHOLDS[:1])
 
 
 def count_ranks(kept: Tensor) -> int:
@@ -397,7 +438,10 @@ class Detection(Task):
             0.5, float, "of two detections of a class that overlap more the weaker is dropped", **FRACTION
         ),
     }
-    rewards = {"detection_reward": detection_reward, "detection_f1_reward": detection_f1_reward}
+    rewards = {
+        reward.__name__: reward
+        for reward in (detection_reward, detection_f1_reward, detection_set_credit, detection_set_credit_50)
+    }
     best = "eval/map"
     dense = True
 

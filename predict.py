@@ -150,7 +150,7 @@ def predict(args: argparse.Namespace) -> int:
                 uncertainties = f"{record['predictive_entropy']:7.4f}  {record['mutual_information']:18.4f}"
                 print(f"{printable(path):<{width}}  {uncertainties}  {printable(task.in_words(record))}")
     if not decoded:
-        raise InputError(f"none of the {len(files)} images can be decoded")
+        complain(f"none of the {len(files)} images can be decoded")
     if args.json:
         print(json.dumps(about(args, task, classes) | {"images": records}, indent=1))
     return 0 if decoded == len(files) else 2

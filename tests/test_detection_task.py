@@ -13,8 +13,10 @@ from torch.distributions import Categorical, Normal, kl_divergence
 from torch.nn.functional import cross_entropy, one_hot
 
 import detection_task as det
+import grpo
 from build import configure
 from coco_ap import average_precision
+from data_types import TensorMiniBatch
 from grpo import action_log_prob, nll, sample_actions
 from images import ordered_batches
 
@@ -223,6 +225,31 @@ def test_samples_have_the_policys_mean_and_std_and_classes():
     assert torch.equal(policy.mode[0, 0, 1], outputs[0, 0, :, -4:])
 
 
+def test_every_choice_is_a_class_and_the_boxes_are_sampled():
+    """With action: all the classes' gradient is that of the expected reward over each patch's classes, the boxes' is
+    that of their draws; what does not count is in neither."""
+    outputs = outputs_and_actions()[0].double().requires_grad_()
+    targets, counted = TARGETS.expand(2, -1, -1, -1), torch.rand(2, 2, 16, generator=torch.manual_seed(0)) < 0.7
+    batch = TensorMiniBatch(torch.zeros(2), targets, {}, counted)
+    network = type("Net", (), {"sample_masks": lambda self, B, T: {}, "__call__": lambda self, x, masks: outputs})()
+    how = grpo.RolloutSettings(2, 3, "all", "rloo")
+    episode = grpo.rollout(network, batch, {"r": (det.detection_reward, 1.0)}, det.box_policy_adapter, how)
+    assert episode.actions.shape == (2, 2, 3, 2, 16, 4) and episode.log_probs.shape == (2, 2, 3 + K + 1, 2, 16)
+    loss, _ = grpo.policy_loss(episode, episode.policy, episode.log_probs, grpo.UpdateSettings())
+    gradient = torch.autograd.grad(loss, outputs, retain_graph=True)[0]
+    probs, right = outputs[..., :-4].softmax(-1), targets[:, 0, :, 0].long()
+    expected = probs.gather(-1, right[:, None, :, None].expand(-1, 2, -1, -1))[..., 0]  # [B, T, P]
+    iou = det.detection_reward(episode.actions, None, targets, {})[..., 1, :]
+    advantages = iou - iou.mean((1, 2), keepdim=True)
+    log_probs = action_log_prob(det.box_policy_adapter(outputs), episode.actions)[..., 1, :]
+    total = (expected * counted[:, None, 0]).sum() / 2 + (advantages * log_probs * counted[:, None, None, 1]).sum() / 6
+    exact = torch.autograd.grad(-total / counted.sum(), outputs)[0]
+    assert torch.allclose(gradient, exact, atol=1e-9) and exact[..., :-4].norm() > 1e-3 < exact[..., -4:].norm()
+    metrics = grpo.rollout_metrics(episode)
+    each = (expected.mean(1) * counted[:, 0]).sum(-1) + (iou.mean((1, 2)) * counted[:, 1]).sum(-1)
+    assert torch.allclose(metrics["group_rewards"], each / counted.flatten(1).sum(1))
+
+
 def test_supervised_losses():
     """-log π(targets), and cross-entropy with 1 - IoU."""
     outputs, _, _ = outputs_and_actions()
@@ -293,6 +320,75 @@ def test_f1_reward_against_loops(seed):
         assert float(reward[b, t, a]) == pytest.approx(expected, abs=1e-6)
     assert (reward[:, :, 0] == 1).all() and reward[:, :, 1].tolist() == [[0, 0], [0, 0], [1, 1]]
     assert 0 < reward[:2, :, 2:].mean() < 1
+
+
+def slow_set_score(classes, boxes, truths, true_labels, thresholds) -> float:
+    """(2 Σ_objects best share of the thresholds reached by its claims + 1) / (n + M + 1), in plain Python. Truths are
+    the objects alone; a class of K or more is no detection."""
+    best = dict.fromkeys(range(len(truths)), 0.0)
+    for k, box in zip(classes, boxes):
+        same = [m for m in range(len(truths)) if true_labels[m] == k < K]
+        if same:
+            overlaps = [iou(box, truths[m]) for m in same]
+            m = same[overlaps.index(max(overlaps))]  # of equals the first
+            best[m] = max(best[m], sum(max(overlaps) >= x for x in thresholds) / len(thresholds))
+    return (2 * sum(best.values()) + 1) / (sum(k < K for k in classes) + len(truths) + 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("credit", [det.detection_set_credit, det.detection_set_credit_50])
+def test_set_credit_against_brute_force(credit, seed):
+    """Every choice of every patch, put into the set as drawn. Boxes lie on a grid, so that claims tie; two objects of a
+    class have the same box; there is a crowd, an empty box, an image without an object and a draw without detection."""
+    g = torch.Generator().manual_seed(seed)
+    truths = [
+        [[0, 0, 8, 8], [0, 0, 8, 8], [4, 4, 16, 12]],
+        [[0, 0, 16, 16], [4, 4, 12, 12], [2, 2, 2, 6]],
+        [[0] * 4] * 3,
+    ]
+    labels, crowds = [[1, 1, 0], [0, 2, 1], [-1] * 3], [[False] * 3, [True, False, False], [False] * 3]
+    truth = torch.tensor(truths).double(), torch.tensor(labels), torch.tensor(crowds)
+    counted = torch.rand(3, 2, 16, generator=g) < 0.85
+    metadata = dict(zip(("boxes", "labels", "crowd"), truth)) | {"patch_size": 4, "counted": counted}
+    targets = det.encode(*truth, 16, 4, K)[0].double()
+    shape = (3, 2, 3, 16)
+    chosen = torch.randint(K + 1, shape, generator=g)
+    chosen[:, 0, 0] = K
+    raw = torch.randint(1, 3, (*shape, 4), generator=g).double()  # centres half a patch off, sides of 2 or 4 patches
+    raw *= torch.tensor([0.5, 0.5, math.log(2), math.log(2)], dtype=torch.float64)
+    raw[..., :2] *= torch.randint(-1, 2, (*shape, 2), generator=g)
+    actions = det.pack(chosen, raw)
+    found = credit(actions, torch.zeros(3, 2, 16, K + 5), targets, metadata)
+    thresholds = np.linspace(0.5, 0.95, 10).round(2)[: 10 if credit is det.detection_set_credit else 1]
+    assert found.values.shape == (3, 2, 2, 16, K + 1) and not found.values[:, :, 1].any()
+    for b, t in itertools.product(range(3), range(2)):
+        real = [m for m in range(3) if labels[b][m] >= 0 and not crowds[b][m] and truths[b][m] != [2, 2, 2, 6]]
+        objects = [truths[b][m] for m in real], [labels[b][m] for m in real]
+        expected = torch.zeros(16, K + 1, dtype=torch.float64)
+        for a in range(3):
+            boxes = det.decode_boxes(raw[b, t, a], 4).tolist()
+            classes = torch.where(counted[b, 0], chosen[b, t, a], K).tolist()
+            score = slow_set_score(classes, boxes, *objects, thresholds)
+            assert float(found.rewards[b, t, a]) == pytest.approx(score, abs=1e-9)
+            for p, k in itertools.product(range(16), range(K + 1)):
+                changed = [*classes[:p], k, *classes[p + 1 :]]
+                expected[p, k] += (len(real) + 1) * slow_set_score(changed, boxes, *objects, thresholds) / 3
+        inside = counted[b, 0]
+        torch.testing.assert_close(found.values[b, t, 0][inside], expected[inside], rtol=0, atol=1e-9)
+    iou_of_boxes = det.detection_reward(actions, None, targets, {})[..., 1, :]
+    assert torch.equal(found.advantages[..., 1, :], grpo.compute_advantages(iou_of_boxes, "maxrl"))
+    assert not found.advantages[..., 0, :].any()
+
+
+def test_set_credit_of_a_batch_without_objects():
+    """Nothing found is right: background is worth the most, and boxes learn nothing."""
+    boxes, labels, crowd = objects([], [])
+    metadata = {"boxes": boxes, "labels": labels, "crowd": crowd, "patch_size": 4}
+    actions = det.pack(torch.full((1, 1, 2, 16), K), torch.zeros(1, 1, 2, 16, 4))
+    targets = det.encode(boxes, labels, crowd, 16, 4, K)[0]
+    found = det.detection_set_credit(actions, torch.zeros(1, 1, 16, K + 5), targets, metadata)
+    assert (found.values[0, 0, 0, :, K] == 1).all() and (found.values[0, 0, 0, :, :K] == 0.5).all()
+    assert (found.rewards == 1).all() and not found.advantages.any()
 
 
 def test_decode_and_nms_against_loops():
