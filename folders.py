@@ -35,6 +35,12 @@ def same_name(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def plain_name(name: str) -> str:
+    """A class name without what cannot be seen: blanks around it, a byte-order mark before it, accents that are
+    composed otherwise."""
+    return same_name(name.removeprefix("\ufeff").strip())
+
+
 def folder_error(error: OSError) -> InputError:
     return InputError(f"{error.filename}: cannot be opened ({error.strerror}); change its permissions or move it")
 
@@ -172,7 +178,7 @@ def find_classes(root: str, known: Iterable[str] | None = None) -> dict[str, str
     names = sorted((e.name for e in entries if e.is_dir() and is_visible(e.name)), key=natural_key)
     real = {name: os.path.realpath(os.path.join(root, name)) for name in names}
     names = [name for name in names if not leads_back(real[name], home)]
-    unknown = [name for name in names if known is None or same_name(name) not in set(map(same_name, known))]
+    unknown = [name for name in names if known is None or plain_name(name) not in set(map(plain_name, known))]
     if unknown:
         refuse_other_purposes(root, names, entries)
     if known is not None and unknown:
@@ -183,11 +189,11 @@ def find_classes(root: str, known: Iterable[str] | None = None) -> dict[str, str
     owner: dict[str, str] = {}
     for name in names:
         path = os.path.join(root, name)
-        if other := folders.get(same_name(name)):
+        if other := folders.get(plain_name(name)):
             raise InputError(f"{path}: its name looks like that of {other}; rename one of them")
         if other := owner.get(real[name]):
             raise InputError(f"{path}: by a link it is the same folder as {other}; remove one of the two classes")
-        folders[same_name(name)] = owner[real[name]] = path
+        folders[plain_name(name)] = owner[real[name]] = path
     return folders
 
 

@@ -134,6 +134,16 @@ def test_folders_made_for_something_else_are_no_classes(tmp_path, names, expecte
         assert len(classes) == 4 and note == "train, val are taken for classes, though they are called like splits"
 
 
+def test_blanks_around_a_class_name_are_no_part_of_it(tmp_path):
+    """They cannot be seen. An evaluation folder may differ in them, one folder may not."""
+    for name in ("a ", " b"):
+        (tmp_path / name).mkdir()
+    for known in (None, ["a", "b"], ["b ", "a"]):
+        assert find_classes(str(tmp_path), known) == {"a": f"{tmp_path}/a ", "b": f"{tmp_path}/ b"}
+    (tmp_path / "a").mkdir()
+    assert message(find_classes, str(tmp_path)).endswith("; rename one of them")
+
+
 def test_all_findings_are_one_message_of_at_most_ten_lines():
     refuse([])
     assert message(refuse, ["a\nb"]) == "a\\nb"
