@@ -31,15 +31,26 @@ from config import (
     read_yaml,
 )
 from data_types import InputError
+from deciding import Decider, decision_path, digest, load_decision
 from detection_task import Detection
 from evaluation import evaluate
 from grpo import Reward, RolloutSettings, UpdateSettings, keyed_rng
-from images import BadImages, Batches, ImageDataset, Loading, keep_decoded, ordered_batches, shared_memory_note
+from images import (
+    BadImages,
+    Batches,
+    ImageDataset,
+    Loading,
+    Prepared,
+    keep_decoded,
+    ordered_batches,
+    shared_memory_note,
+)
 from pretrained import load_weights, read_pretrained
 from processes import rank_and_world
 from report import Console
-from scores import READY, ConfusionScore
+from scores import READY, ConfusionScore, RewardEvaluation
 from segmentation_task import Segmentation
+from token_cache import Cached, TokenCache, allocate, kept_blocks
 from vision_task import Classification, Task
 from vit_model import VisionTransformer
 
@@ -395,13 +406,36 @@ def open_eval_batches(
     return Batches(partial(ordered_batches, dataset, size, loading, *rank_and_world()), keep)
 
 
-def check_best(task: Task, network: nn.Module, batches: Batches | None, eval_set: ImageDataset | None) -> None:
-    """Raises InputError now, not at the first evaluation, if training.best is a metric that one batch has not. (That of
-    a single class may be missing from a batch.)"""
-    name = task.config["training"]["best"] or ""
+def open_judge(
+    task: Task, rewards: dict[str, tuple[Reward, float]], state: dict | None = None
+) -> Callable[[], RewardEvaluation]:
+    """What makes the `RewardEvaluation` of an evaluation, that decides as training.decide says; by what was fitted for
+    the run's checkpoint `state` where there is one. Raises InputError."""
+    decider = None
+    if task.config["training"]["decide"] == "reward":
+        training = task.config["training"]
+        if hasattr(task, "thresholds"):
+            raise InputError("training.decide: reward: boxes are decided in predict.py alone, see --fit there")
+        path = decision_path(Path(training["ckpt_dir"], training["run_name"]))
+        weighted = {name: reward for name, reward in rewards.items() if reward[1]}
+        fitted = load_decision(path, digest(state), list(weighted)) if state and path.exists() else None
+        decider = Decider(task, weighted, fitted)
+    return partial(RewardEvaluation, task, rewards, decider)
+
+
+def check_evaluation(
+    task: Task, network: nn.Module, batches: Batches | None, eval_set: ImageDataset | None, judge: Callable
+) -> None:
+    """Raises InputError now, not at the first evaluation, if one batch cannot be decided as training.decide says, or
+    has not the metric that training.best is. (That of a single class may be missing from a batch.)"""
+    training = task.config["training"]
+    name = training["best"] or ""
     of_all = name.startswith(("eval/", "eval_mc/")) and name.count("/") == 1
-    if batches and of_all and len(batch := next(iter(batches), ())):
-        task.best_metric(evaluate(task, network, [batch], eval_set).metrics() | {"eval/reward": 0.0})
+    if batches and (of_all or training["decide"] == "reward") and len(batch := next(iter(batches), ())):
+        rewards = judge()
+        metrics = evaluate(task, network, [batch], eval_set, rewards=rewards).metrics() | rewards.metrics()
+        if of_all:
+            task.best_metric(metrics)
 
 
 def open_data(task: Task, state: dict | None, console: Console) -> tuple[ImageDataset, ImageDataset | None, bool]:
@@ -432,6 +466,48 @@ def open_data(task: Task, state: dict | None, console: Console) -> tuple[ImageDa
     for note in shared_memory_note(data.num_workers, batch_bytes // rank_and_world()[1]):
         console.line(note)
     return train_set, eval_set, cache
+
+
+def open_networks(
+    task: Task,
+    model: nn.Module,
+    reference: nn.Module | None,
+    datasets: tuple[ImageDataset, ImageDataset | None],
+    console: Console,
+) -> tuple[nn.Module, nn.Module | None]:
+    """The model and the reference as functions of uint8 images; they share the tokens that leave the frozen blocks,
+    which are kept if they can be. datasets: of training and evaluation. A line says what is kept where, or why not.
+    Raises InputError."""
+    networks = [task.network(network) if network else None for network in (model, reference)]
+    data, _, training = sections(task.config)
+    blocks = kept_blocks(task.config["model"], training.freeze_blocks)
+    if not training.freeze_blocks:
+        return tuple(networks)
+    reasons = {
+        "data.token_cache: never": data.token_cache == "never",
+        "of several processes": rank_and_world()[1] > 1,
+        "of a network of the task's own": any(type(network) is not Prepared for network in filter(None, networks)),
+        "dropout comes before their end; set model.dropout_blocks lower": blocks < 1,
+    }
+    if why := next((reason for reason, holds in reasons.items() if holds), None):
+        console.line(f"frozen blocks: run again each epoch ({why})")
+        return tuple(networks)
+    train_set, eval_set = datasets
+    versions = 2 if data.augment else 1
+    dtype, depth = getattr(torch, data.token_dtype), len(model.blocks)
+    with torch.no_grad():
+        black = torch.zeros(1, 3, train_set.image_size, train_set.image_size, dtype=torch.uint8)
+        shape = Cached(networks[0], blocks, None).trunk(black.to(next(model.parameters()).device)).shape[1:]
+    places = versions * len(train_set) + len(eval_set or ())
+    size = places * shape.numel() * dtype.itemsize
+    cache, images = keep_decoded(data, *datasets)
+    in_memory = size + images * cache <= data.cache_limit_gb * 1e9
+    folder = None if in_memory else Path(data.token_cache_dir or training.ckpt_dir)
+    store = TokenCache(allocate((places, *shape), dtype, folder))
+    where = "memory" if in_memory else f"a file in {folder}, as data.cache_limit_gb is {data.cache_limit_gb:g}"
+    what = f"the tokens that leave {blocks} of {depth} blocks are kept" + (", mirrored too" if versions > 1 else "")
+    console.line(f"frozen blocks: {what}: {size / 1e6:.0f} MB in {where}")
+    return tuple(Cached(network, blocks, store) if network else None for network in networks)
 
 
 def open_model(

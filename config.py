@@ -90,7 +90,12 @@ SCHEMA: dict[str, Key] = {  # of every run; a task has further keys of its own (
         "error", str, "skip: the next good one takes its place, up to 1 % or three", **one_of("error", "skip")
     ),
     "data.cache": Key("auto", str, "keep decoded images; auto: if they fit", **one_of("auto", "always", "never")),
-    "data.cache_limit_gb": Key(4.0, float, "what fits, for cache: auto, in GB", **at_least(0)),
+    "data.cache_limit_gb": Key(4.0, float, "what fits into memory: decoded images, then tokens, in GB", **at_least(0)),
+    "data.token_cache": Key(
+        "auto", str, "keep the tokens that leave frozen blocks, in memory or in a file", **one_of("auto", "never")
+    ),
+    "data.token_cache_dir": Key(None, str, "folder of that file; null: training.ckpt_dir"),
+    "data.token_dtype": Key("float32", str, "numbers that are kept", **one_of("float32", "bfloat16")),
     "rollout.num_mc_samples": Key(4, int, "T, Monte Carlo Dropout passes per image", **at_least(1)),
     "rollout.actions_per_sample": Key(16, int, "A, actions drawn per pass (1 for action: argmax)", **at_least(1)),
     "rollout.action": Key(
@@ -140,6 +145,9 @@ SCHEMA: dict[str, Key] = {  # of every run; a task has further keys of its own (
         str,
         "chooses best.pt: a metric, as eval/nll, or a score of the confusion matrix; null: eval/reward, or the task's "
         "own metric where the reward is its first",
+    ),
+    "training.decide": Key(
+        "argmax", str, "in evaluations; reward: the highest expected one", **one_of("argmax", "reward")
     ),
     "training.patience": Key(None, int, "ends the run after so many evaluations without a better one", **at_least(1)),
     "training.save_interval": Key(200, int, "steps between checkpoints", **at_least(1)),

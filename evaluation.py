@@ -67,12 +67,15 @@ def accuracy_of_kept(uncertainty: Tensor, right: Tensor) -> Tensor:
 def metrics_line(metrics: dict[str, float]) -> str:
     """The metrics but those of single classes, on one line; the sum of the rewards if there are several."""
     parts = {"eval": [], "eval_mc": []}
-    rewards = [key for key in metrics if key.startswith("eval/reward/")]
+    several = sum(key.startswith("eval/reward/") for key in metrics) > 1
     for key, value in metrics.items():
         predictor, _, name = key.partition("/")
-        if key in rewards:
-            parts[predictor].append(f"{name.rpartition(':')[2].removeprefix('reward/')} {value:.4f}")
-        elif "/" not in name and (name != "reward" or len(rewards) > 1):
+        of, _, short = name.partition("/")
+        if of in ("reward", "reward_argmax"):
+            by_argmax = " by argmax" if of == "reward_argmax" else ""
+            if short or several:
+                parts[predictor].append(f"{short.rpartition(':')[2] or 'reward'}{by_argmax} {value:.4f}")
+        elif "/" not in name:
             parts[predictor].append(f"{WRITTEN.get(name, name.replace('_', ' '))} {value:.4f}")
     return f"{' '.join(parts['eval'])} (mean over passes: {' '.join(parts['eval_mc'])})"
 

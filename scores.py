@@ -221,22 +221,31 @@ def open_scores(rewards: dict[str, tuple[Reward, float]], dataset: Dataset, stat
 
 class RewardEvaluation:
     """A run's rewards of the deterministic network's decisions, the mode of its policy, over an evaluation set: of a
-    reward the mean over the images, of a score of the confusion matrix that of the whole set."""
+    reward the mean over the images, of a score of the confusion matrix that of the whole set. decide: what decides by
+    reward from outputs [B, T, …] and metadata; its decisions are then judged, and beside them those by argmax of the
+    same passes."""
 
-    def __init__(self, task, rewards: dict[str, tuple[Reward, float]]):
-        self.task, self.rewards, self.num_images = task, rewards, 0
-        self.sums: dict[str, Tensor] = {}  # of the images' rewards, or a confusion matrix
+    def __init__(self, task, rewards: dict[str, tuple[Reward, float]], decide: Callable | None = None):
+        self.task, self.rewards, self.decide, self.num_images = task, rewards, decide, 0
+        self.sums: dict[tuple[str, str], Tensor] = {}  # (prefix, name) -> of the images' rewards, or a confusion matrix
 
     def add(self, batch: TensorMiniBatch, outputs: Tensor, outputs_mc: Tensor) -> None:
         """outputs: [B, …] of the deterministic network; outputs_mc: [B, T, …] of T passes."""
+        self.num_images += len(batch)
         outputs = outputs.unsqueeze(1)  # one pass
-        policy = self.task.policy(outputs)
-        self.judge(batch, outputs, policy.mode.nan_to_num().unsqueeze(2))
+        if not self.decide:
+            self.judge("eval/reward", batch, outputs, self.task.policy(outputs).mode.nan_to_num().unsqueeze(2))
+            return
+        argmax = self.task.probabilities(outputs_mc).mean(1).argmax(-1)
+        for prefix, decided in (
+            ("eval/reward", self.decide(outputs_mc, batch.metadata)),
+            ("eval/reward_argmax", argmax),
+        ):
+            self.judge(prefix, batch, outputs, decided.to(batch.targets.dtype)[:, None, None])
 
-    def judge(self, batch: TensorMiniBatch, outputs: Tensor, actions: Tensor) -> None:
+    def judge(self, prefix: str, batch: TensorMiniBatch, outputs: Tensor, actions: Tensor) -> None:
         """outputs: [B, 1, …]; actions: [B, 1, 1, E…]."""
         counted = {} if batch.counted is None else {"counted": batch.counted}
-        self.num_images += len(batch)
         for name, (reward, _) in self.rewards.items():
             if isinstance(reward, ConfusionScore):
                 tags = isinstance(self.task.policy(outputs[:1]), Bernoulli)
@@ -247,13 +256,13 @@ class RewardEvaluation:
                 value = value.rewards if isinstance(value, Credit) else value
                 whole = value.ndim < actions.ndim or batch.counted is None
                 value = mean_per_image(value.float(), None if whole else batch.counted).sum()
-            self.sums[name] = self.sums.get(name, 0) + value.cpu().double()
+            self.sums[prefix, name] = self.sums.get((prefix, name), 0) + value.cpu().double()
 
     def metrics(self) -> dict[str, float]:
-        """eval/reward/<name>, and eval/reward, their sum by their weights."""
-        values = {
-            name: float(reward.score(total) if isinstance(reward, ConfusionScore) else total / self.num_images)
-            for (name, total), (reward, _) in zip(self.sums.items(), self.rewards.values())
-        }
-        total = {"eval/reward": sum(weight * values[name] for name, (_, weight) in self.rewards.items())}
-        return (total if values else {}) | {f"eval/reward/{name}": value for name, value in values.items()}
+        """eval/reward/<name>, and eval/reward, their sum by their weights; with `decide` eval/reward_argmax too."""
+        metrics: dict[str, float] = {}
+        for (prefix, name), total in self.sums.items():
+            reward, weight = self.rewards[name]
+            value = float(reward.score(total) if isinstance(reward, ConfusionScore) else total / self.num_images)
+            metrics |= {prefix: metrics.get(prefix, 0.0) + weight * value, f"{prefix}/{name}": value}
+        return metrics

@@ -239,7 +239,7 @@ class Segmentation(Task):
 
     def describe(self, outputs: Tensor, path: str, classes: list[str]) -> tuple[dict, Image.Image]:
         """The shares of the mask's pixels; the mask (mode L) at the image file's size. outputs: logits [T, H, W, K]."""
-        mask = to_picture(self.probabilities(outputs).mean(0).argmax(-1).to(torch.uint8))
+        mask = to_picture(self.decide(outputs, path, classes).to(torch.uint8))
         mask = mask.resize(upright_size(path), Image.Resampling.NEAREST)
         counts = mask.histogram()[: len(classes)]
         return {"shares": {name: count / sum(counts) for name, count in zip(classes, counts) if count}}, mask

@@ -30,7 +30,7 @@ from evaluation import evaluate, metrics_line
 from grpo import rollout, size_of, update_policy
 from images import BadImages, Loading, epoch_order, fingerprint, micro_batches, stream_batches, worker_death
 from report import Clock, Console, Log, count_dead_steps, log_interval, read_rows
-from scores import RewardEvaluation, open_scores
+from scores import open_scores
 
 REPLAY_BELOW = 0.6  # share of live groups below which a forward pass without a graph + a replay of the live is cheaper
 
@@ -68,14 +68,14 @@ def train(args: argparse.Namespace) -> int:
     task, run_dir, state = build.open_run(args, console)
     data, _, training = build.sections(task.config)
     rewards, roll = build.load_rewards(task), build.rollout_settings(task.config)
-    eval_rewards = build.load_eval_rewards(task, rewards)
+    judge = build.open_judge(task, build.load_eval_rewards(task, rewards))
     per_rank, rank = build.images_per_rank(training), processes.rank_and_world()[0]
     settings = build.update_settings(task, per_rank)
 
     # Data and model. Each process checks them for itself; only then do the processes meet.
     train_set, eval_set, cache = build.open_data(task, state, console)
     model, reference = build.open_model(task, train_set.classes, state, console)
-    network, reference_network = task.network(model), task.network(reference) if reference else None
+    network, reference_network = build.open_networks(task, model, reference, (train_set, eval_set), console)
     device = next(model.parameters()).device
     control = processes.connect(device)
 
@@ -110,7 +110,7 @@ def train(args: argparse.Namespace) -> int:
         part=slice(rank * per_rank, (rank + 1) * per_rank),
     )
     eval_batches = build.open_eval_batches(eval_set, task, bad_images, keep=cache)
-    build.check_best(task, network, eval_batches, eval_set)
+    build.check_evaluation(task, network, eval_batches, eval_set, judge)
     confusions = open_scores(rewards, train_set, progress.confusions)
     mirror = task.mirror if data.augment else None
 
@@ -153,9 +153,8 @@ def train(args: argparse.Namespace) -> int:
             if training.objective == "grpo":
                 progress.dead_steps = count_dead_steps(progress.dead_steps, values["groups/live"], console)
         if eval_due:
-            judge = RewardEvaluation(task, eval_rewards)
-            evaluation = evaluate(task, network, eval_batches, eval_set, control, judge)
-            eval_metrics = processes.from_rank_zero(lambda e=evaluation, j=judge: e.metrics() | j.metrics(), control)
+            evaluation = evaluate(task, network, eval_batches, eval_set, control, judged := judge())
+            eval_metrics = processes.from_rank_zero(lambda e=evaluation, j=judged: e.metrics() | j.metrics(), control)
             log.scalars(eval_metrics, done)
             group_rewards = torch.cat([row["group_rewards"] for row in progress.rows])
             log.add("histogram", "groups/success_rate", group_rewards, done)
@@ -196,10 +195,11 @@ def evaluate_run(args: argparse.Namespace) -> int:
     bad_images = BadImages(len(eval_set), console.line)
     batches = build.open_eval_batches(eval_set, task, bad_images, keep=False)
     try:
-        judge = RewardEvaluation(task, build.load_eval_rewards(task, build.load_rewards(task)))
+        rewards = build.load_eval_rewards(task, build.load_rewards(task))
     except InputError as error:  # their file is gone, say
         console.line(f"warning: {error}; evaluated without the rewards")
-        judge = RewardEvaluation(task, {})
+        task.config["training"]["decide"], rewards = "argmax", {}
+    judge = build.open_judge(task, rewards, state)()
     evaluation = evaluate(task, task.network(model), batches, eval_set, control, judge)
     bad_images.share(control)
     metrics = metrics_line(processes.from_rank_zero(lambda: evaluation.metrics() | judge.metrics(), control))

@@ -69,6 +69,15 @@ class Task:
         policy = self.policy(outputs)
         return policy.probs if isinstance(policy, Categorical) else torch.stack([1 - policy.probs, policy.probs], -1)
 
+    def decide(self, outputs: Tensor, path: str, classes: list[str]) -> Tensor:
+        """What T passes [T, …] say of an image file, each element by itself: choices [E…]. The most probable ones;
+        `predict.py --decide reward` puts those of the highest expected reward in its place."""
+        return self.probabilities(outputs).mean(0).argmax(-1)
+
+    def deployed(self, outputs: Tensor) -> dict[str, Tensor]:
+        """What an exported model returns: arranged outputs [B, …] -> name -> [B, …]."""
+        return {"probabilities": self.probabilities(outputs)}
+
     def supervised_loss(self, policy: Distribution, targets: Tensor) -> Tensor:
         """What `training.objective: supervised` minimises: targets [B, T, 1, E…] -> a loss of each, the same shape."""
         return nll(policy, targets)
@@ -185,8 +194,8 @@ class Classification(Task):
         return [f"true {classes[int(target)]}", f"{classes[int(probs.argmax())]} ({float(probs.max()):.0%})"]
 
     def describe(self, outputs: Tensor, path: str, classes: list[str]) -> tuple[dict, None]:
-        mean = self.probabilities(outputs).mean(0)
-        record = {"class": classes[int(mean.argmax())], "probability": float(mean.max())}
+        mean, decided = self.probabilities(outputs).mean(0), int(self.decide(outputs, path, classes))
+        record = {"class": classes[decided], "probability": float(mean[decided])}
         return record | {"probabilities": dict(zip(classes, mean.tolist()))}, None
 
     def in_words(self, record: dict) -> str:

@@ -202,11 +202,11 @@ class VisionTransformer(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """images: [B, C, h, w] -> the tokens that enter the first block, [B, L, D]."""
         x = self.patch_embed(images)  # [B, P, D]
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # [B, 1 + P, D]
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # [B, 1 + P, D]
         x = x if self.pos_embed is None else x + self.pos_embed
         if self.reg_token is None:
             return x
-        return torch.cat([x[:, :1], self.reg_token.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        return torch.cat([x[:, :1], self.reg_token.expand(x.shape[0], -1, -1), x[:, 1:]], dim=1)
 
     def run_blocks(self, x: Tensor, masks: Masks | None, first: int, end: int, class_token_only: bool) -> Tensor:
         """The tokens that enter block `first`, [B, 1 or T, L, D] -> those that enter block `end`, or leave the last.

@@ -111,7 +111,8 @@ class Multilabel(Task):
 
     def describe(self, outputs: Tensor, path: str, classes: list[str]) -> tuple[dict, None]:
         probabilities = dict(zip(classes, self.probabilities(outputs).mean(0)[:, 1].tolist()))
-        return {"tags": [tag for tag, p in probabilities.items() if p > 0.5], "probabilities": probabilities}, None
+        tags = [tag for tag, yes in zip(classes, self.decide(outputs, path, classes).tolist()) if yes]
+        return {"tags": tags, "probabilities": probabilities}, None
 
     def in_words(self, record: dict) -> str:
         return ", ".join(record["tags"]) or "no tag"

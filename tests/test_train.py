@@ -25,6 +25,7 @@ import build
 import train
 from checkpoint import load_checkpoint
 from config import SCHEMA, flatten
+from evaluation import metrics_line
 from grpo import keyed_rng, rollout
 from images import prepare
 from vision_task import Classification, Task, VisionClassificationDataset, classification_reward
@@ -237,8 +238,7 @@ def test_tensorboard_holds_what_it_should(capsys):
     assert found["eval/accuracy"][12] == pytest.approx(float((logits.argmax(1) == eval_set.targets).float().mean()))
     nll = torch.nn.functional.cross_entropy(logits, eval_set.targets)
     assert found["eval/nll"][12] == pytest.approx(float(nll), rel=1e-5)
-    line = "accuracy {:.4f} NLL {:.4f} ECE {:.4f} (mean over passes: accuracy {:.4f} NLL {:.4f} ECE {:.4f})"
-    line = "step 12: " + line.format(*(found[tag][12] for tag in evaluated))
+    line = f"step 12: {metrics_line({tag: found[tag][12] for tag in evaluated})}"
     assert line in capsys.readouterr().out.splitlines()
     before = left()
     for path in ("ckpt/tiny", "ckpt/tiny/", "ckpt/tiny/step_000012.pt"):
