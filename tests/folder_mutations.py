@@ -305,12 +305,16 @@ FOLDERS = {
 # --- Masks ------------------------------------------------------------------------------------------------------------
 
 
+def lines_of(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
 def names_of(case: Case) -> list[str]:
-    return (case.root / LIST).read_text(encoding="utf-8-sig").split("\n")
+    return lines_of((case.root / LIST).read_text(encoding="utf-8-sig"))
 
 
 def listed(change: Callable[[list[str]], str | bytes]) -> Mutation:
-    return edit(LIST, lambda text: change([line.strip() for line in text.splitlines() if line.strip()]))
+    return edit(LIST, lambda text: change(lines_of(text)))
 
 
 def unnumbered(names: list[str]) -> list[str]:
@@ -331,7 +335,7 @@ def coloured(name: str = "RGB", drop: int = 0) -> Mutation:
         return mask if name == "P" else mask.convert(name)
 
     def mutation(case: Case) -> None:
-        lines = [f"{line} #{bytes(colour).hex()}" for line, colour in zip(names_of(case), COLOURS) if line]
+        lines = [f"{line} #{bytes(colour).hex()}" for line, colour in zip(names_of(case), COLOURS)]
         (case.root / LIST).write_text("\n".join([*lines[: len(lines) - drop], "ignored #ffffff"]))
         assert case.kind == "segmentation" or max(np.asarray(Image.open(p)).max() for p in case.files(True)) == 1
         resave(paint, masks=True, every=True)(case)
@@ -355,7 +359,7 @@ def other_names(case: Case, other: dict[str, str]) -> None:
 
 
 def reordered(case: Case) -> None:
-    names = [name for name in names_of(case) if name]
+    names = names_of(case)
     other_names(case, dict(zip(names, names[::-1])))
     (case.root / LIST).write_text("\n".join(names[::-1]))
 
