@@ -5,6 +5,7 @@ import copy
 import inspect
 import math
 import os
+import tempfile
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -15,19 +16,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoint import load_checkpoint
-from config import SCHEMA, Key, Schema, check, flatten, load_user_file, one_line, parse_override, read_yaml
+from checkpoint import best_metric, load_checkpoint
+from config import (
+    SCHEMA,
+    SIZES,
+    Key,
+    Schema,
+    check,
+    convert,
+    flatten,
+    load_user_file,
+    one_line,
+    parse_override,
+    read_yaml,
+)
 from data_types import InputError
 from deciding import Decider, decision_path, digest, load_decision
 from detection_task import Detection
 from evaluation import evaluate
 from grpo import Reward, RolloutSettings, UpdateSettings, keyed_rng
-from images import BadImages, Batches, ImageDataset, Loading, keep_decoded, ordered_batches
-from pretrained import load_weights
+from images import (
+    BadImages,
+    Batches,
+    ImageDataset,
+    Loading,
+    Prepared,
+    keep_decoded,
+    ordered_batches,
+    shared_memory_note,
+)
+from pretrained import load_weights, read_pretrained
 from processes import rank_and_world
 from report import Console
 from scores import READY, ConfusionScore, RewardEvaluation
 from segmentation_task import Segmentation
+from token_cache import Cached, TokenCache, allocate, kept_blocks
 from vision_task import Classification, Task
 from vit_model import VisionTransformer
 
@@ -38,7 +61,7 @@ def load_task(name: str) -> type[Task]:
     """One of the three tasks by name, or that of path/to/file.py or path/to/file.py:ClassName. Raises InputError."""
     if name in TASKS:
         return TASKS[name]
-    path, _, class_name = name.partition(":")
+    path, _, class_name = os.path.expanduser(name).partition(":")
     if not path.endswith(".py"):
         raise InputError(f"task: {name!r} is not allowed; expected {' | '.join(TASKS)} | path/to/file.py[:ClassName]")
     module = load_user_file(path, "task")
@@ -76,6 +99,9 @@ def configure(*layers: tuple[str, dict]) -> tuple[dict, Task]:
         raise InputError(f"task: {name!r} is not allowed; expected {schema_of()['task'].rule}")
     task = load_task(name)
     config = check(*layers, schema=schema_of(task))
+    named = any("data.eval_dir" in layer for _, layer in layers)
+    if not named and not os.path.exists(config["data"]["eval_dir"]):  # nobody asked for the default's folder
+        config["data"]["eval_dir"] = None
     return config, task(config)
 
 
@@ -211,19 +237,25 @@ def pick_autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:
 
 def layer_of(name: str, depth: int) -> int:
     """The layer of a parameter: 0 for the embedding, 1 to depth for the blocks, depth + 1 for norm and head."""
-    if name.startswith(("patch_embed.", "cls_token", "pos_embed")):
+    if name.startswith(("patch_embed.", "cls_token", "pos_embed", "reg_token")):
         return 0
     return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
+
+
+def shape_of(config: dict) -> dict:
+    """The arguments of the ViT that the config's `model` section names."""
+    others = "num_classes", "checkpoint_path", "pos_embed_antialias", "compile"
+    return {key: value for key, value in config["model"].items() if key not in others}
 
 
 def build_model(task: Task, num_classes: int, device: torch.device) -> VisionTransformer:
     """The ViT with seeded weights on `device`; what training.freeze_blocks holds takes no gradient."""
     config = task.config
-    shape = {k: v for k, v in config["model"].items() if k not in ("num_classes", "checkpoint_path", "compile")}
     dtype = pick_autocast_dtype(config["training"]["dtype"], device)
     width = task.head_size(num_classes)
+    shape = shape_of(config) | {"num_classes": width, "dense": task.dense, "autocast_dtype": dtype}
     with keyed_rng(config["training"]["seed"], "init"):
-        model = VisionTransformer(**shape, num_classes=width, dense=task.dense, autocast_dtype=dtype).to(device)
+        model = VisionTransformer(**shape).to(device)
     frozen = config["training"]["freeze_blocks"]
     for name, p in model.named_parameters():
         p.requires_grad_(not frozen or layer_of(name, len(model.blocks)) > frozen)
@@ -231,13 +263,13 @@ def build_model(task: Task, num_classes: int, device: torch.device) -> VisionTra
 
 
 def build_optimizer(model: VisionTransformer, training: SimpleNamespace) -> torch.optim.AdamW:
-    """AdamW over what is not frozen; no weight decay on biases, norms, class token and position embedding. `lr_scale`
+    """AdamW over what is not frozen; no weight decay on biases, norms, extra tokens and position embedding. `lr_scale`
     of a group is its share of the learning rate: layer_decay per layer below the head, as in BEiT
     (https://arxiv.org/abs/2106.08254)."""
     depth, params = len(model.blocks), {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            plain = p.ndim < 2 or name in ("cls_token", "pos_embed")
+            plain = p.ndim < 2 or name in ("cls_token", "pos_embed", "reg_token")
             lr_scale = training.layer_decay ** (depth + 1 - layer_of(name, depth))
             params.setdefault((plain, lr_scale), []).append(p)
     groups = [
@@ -256,16 +288,54 @@ def learning_rate(step: int, training: SimpleNamespace) -> float:
     return low + (high - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def open_run(args: argparse.Namespace) -> tuple[Task, Path, dict | None]:
+def layers_of(file: tuple[str, dict], overrides: tuple[str, dict]) -> tuple[list[tuple[str, dict]], list[str]]:
+    """The layers of a new run's config, and lines about them. The sizes of the model are those of the file of
+    model.checkpoint_path: those of the config file yield. Raises InputError for others on the command line."""
+    values = [{name: value for name, value in layer.items() if value is not None} for _, layer in (file, overrides)]
+    path = (values[0] | values[1]).get("model.checkpoint_path")
+    if not isinstance(path, str):
+        return [file, overrides], []
+    found = read_pretrained(os.path.expanduser(path))
+    told, assumed = ({f"model.{key}": value for key, value in part.items()} for part in (found.told, found.assumed))
+    sizes, given = ({k: convert(k, v, SCHEMA[k]) for k, v in layer.items() if k in SIZES} for layer in values)
+    width, yielding, heads = told["model.embed_dim"], [], "model.num_heads"
+    own_heads = heads in given or (heads in sizes and sizes.get("model.embed_dim", width) == width)
+    guessed = heads not in told and not own_heads
+    if guessed and width % 64:
+        raise InputError(f"{path}: no tensor tells model.num_heads, and embed_dim {width} is no multiple of 64; set it")
+    if guessed:
+        told[heads] = width // 64
+    for name, value in told.items():
+        same = (lambda a, b: int(width * a) == int(width * b)) if name == "model.mlp_ratio" else lambda a, b: a == b
+        if name in given and not same(given[name], value) and not (name == heads and found.own):
+            raise InputError(f"command line: {name}={given[name]}, but {path} has {value}; leave it out")
+        if name in sizes and not same(sizes[name], value):
+            yielding.append(f"{name.removeprefix('model.')} {sizes[name]} to {value}")
+    used = {name: SCHEMA[name].default for name in SIZES} | assumed | sizes | told | given
+    described = [f"{name.removeprefix('model.')} {used[name]}" for name in SIZES]
+    described[SIZES.index(heads)] += " (embed_dim / 64: no tensor tells it)" if guessed else ""
+    lines = [f"{file[0]} yields to {path}: {', '.join(yielding)}"] if yielding else []
+    return [("", assumed), file, (path, told), overrides], [*lines, f"{path}: {', '.join(described)}"]
+
+
+def open_run(args: argparse.Namespace, console: Console) -> tuple[Task, Path, dict | None]:
     """The task with its config, the run's folder, and the checkpoint's state if the run goes on. The config is the
     file's, or the checkpoint's when a run goes on; the command line wins. Raises InputError."""
     overrides = "command line", dict(map(parse_override, args.overrides))
     name = args.evaluate if args.resume is None else args.resume
     if name == "":
         raise InputError("--resume, --evaluate: the run's name is empty; expected ckpt/<run>")
-    run_dir = Path(name or "auto")
+    run_dir, asked = Path(name or "auto"), {}
     if name in (None, "auto"):  # this config's run
-        config, task = configure((args.config, read_yaml(args.config)), overrides)
+        written = read_yaml(args.config)
+        layers, lines = [(args.config, written), overrides], []
+        try:
+            layers, lines = layers_of(*layers)
+        except InputError:
+            if name is None:  # else the weights may be gone since the run began
+                raise
+        config, task = configure(*layers)
+        asked = {key: value for key, value in flatten(config, args.config).items() if written.get(key) is not None}
         training = config["training"]
         training["run_name"] = training["run_name"] or Path(args.config).stem
         run_dir, log_dir = (Path(training[parent], training["run_name"]) for parent in ("ckpt_dir", "log_dir"))
@@ -273,20 +343,53 @@ def open_run(args: argparse.Namespace) -> tuple[Task, Path, dict | None]:
             if name is None and used.is_dir() and any(used.iterdir()):
                 hint = "go on with --resume auto, delete it, or name a new run with training.run_name=NAME"
                 raise InputError(f"{used} exists: {hint}")
-        if args.evaluate is None and not (run_dir / "last.pt").exists():
+        if args.evaluate is None and not any([*run_dir.glob("last.pt"), *run_dir.glob("step_*.pt")]):
+            for line in lines:
+                console.line(line)
             return task, run_dir, None
-    state = load_checkpoint(run_dir)
+    state = load_checkpoint(run_dir, console.line if name == "auto" else None)
     run_dir = run_dir if run_dir.is_dir() else run_dir.parent  # given a file of the run
     config, task = configure((str(run_dir), flatten(state["config"], str(run_dir))), overrides)
-    config["training"] |= {"ckpt_dir": str(run_dir.parent), "run_name": run_dir.name}
+    for key, own in (("ckpt_dir", run_dir.parent), ("run_name", run_dir.name)):
+        if f"training.{key}" in overrides[1] and Path(config["training"][key] or own) != Path(own):
+            raise InputError(f"training.{key}: a run that goes on keeps its own, {own}; drop the key")
+        config["training"][key] = str(own)
+    if changed := [key for key, value in flatten(config, "").items() if asked.get(key, value) != value]:
+        console.line(
+            f"note: {args.config} has another {', '.join(changed)} than the run that goes on, whose own counts; a key "
+            "on the command line changes it"
+        )
     return task, run_dir, state
+
+
+def check_writable(training: SimpleNamespace) -> None:
+    """Raises InputError where checkpoints or TensorBoard's events, which rank 0 writes, cannot be written. Leaves
+    nothing behind."""
+    for key in () if rank_and_world()[0] else ("ckpt_dir", "log_dir"):
+        folder = Path(getattr(training, key), training.run_name)
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"x")
+            for path in new:
+                path.rmdir()
+        except OSError as error:
+            raise InputError(f"training.{key}: {folder} cannot be written ({error.strerror}); name another") from None
 
 
 def open_eval_set(task: Task, classes: list[str], console: Console) -> ImageDataset:
     """The evaluation's data set, whose classes are those of the training folder. Raises InputError."""
     eval_set = task.open(task.config["data"]["eval_dir"], classes)
     console.line(f"{task.config['data']['eval_dir']}: {len(eval_set)} images")
+    say_notes(eval_set, console)
     return eval_set
+
+
+def say_notes(dataset: ImageDataset, console: Console) -> None:
+    """Whatever else is to be known of a folder before the run begins."""
+    for note in dataset.notes:
+        console.line(f"note: {dataset.root}: {note}")
 
 
 def open_eval_batches(
@@ -341,31 +444,82 @@ def open_data(task: Task, state: dict | None, console: Console) -> tuple[ImageDa
     data = sections(task.config)[0]
     train_set = task.open(data.train_dir, state["classes"] if state else None)
     wanted, found = task.config["model"]["num_classes"], len(train_set.classes)
-    console.line(f"{data.train_dir}: {len(train_set)} images of {found} classes")
+    shown = ", ".join(f"{i} {name}" for i, name in enumerate(train_set.classes[:20])) + ", …" * (found > 20)
+    console.line(f"{data.train_dir}: {len(train_set)} images of {found} classes (id name): {shown}")
+    say_notes(train_set, console)
     eval_set = None
-    if data.eval_dir and Path(data.eval_dir).exists():
+    if data.eval_dir and not Path(data.eval_dir).exists() and state and best_metric(state) is None:
+        task.config["data"]["eval_dir"] = data.eval_dir = None  # older versions began such a run without evaluation
+    if not data.eval_dir:
+        console.line("data.eval_dir: null; training without evaluation")
+    elif Path(data.eval_dir).exists():
         eval_set = open_eval_set(task, train_set.classes, console)
     else:
-        reason = f"{data.eval_dir}: no such folder" if data.eval_dir else "null"
-        console.line(f"data.eval_dir: {reason}; training without evaluation")
+        raise InputError(f"data.eval_dir: {data.eval_dir}: no such folder; null trains without evaluation")
     if wanted not in (None, found):
         raise InputError(f"model.num_classes: {wanted}, but {data.train_dir} holds {found} classes; set it to null")
     cache, size = keep_decoded(data, train_set, eval_set)
     kept = "kept in memory after the first epoch" if cache else "decoded again each epoch"
     kept += " by each process" if rank_and_world()[1] > 1 else ""
     console.line(f"data.cache: {data.cache}: {size / 1e6:.0f} MB of decoded images, {kept}")
+    batch_bytes = size // (len(train_set) + len(eval_set or ())) * task.config["training"]["batch_size"]
+    for note in shared_memory_note(data.num_workers, batch_bytes // rank_and_world()[1]):
+        console.line(note)
     return train_set, eval_set, cache
 
 
+def open_networks(
+    task: Task,
+    model: nn.Module,
+    reference: nn.Module | None,
+    datasets: tuple[ImageDataset, ImageDataset | None],
+    console: Console,
+) -> tuple[nn.Module, nn.Module | None]:
+    """The model and the reference as functions of uint8 images; they share the tokens that leave the frozen blocks,
+    which are kept if they can be. datasets: of training and evaluation. A line says what is kept where, or why not.
+    Raises InputError."""
+    networks = [task.network(network) if network else None for network in (model, reference)]
+    data, _, training = sections(task.config)
+    blocks = kept_blocks(task.config["model"], training.freeze_blocks)
+    if not training.freeze_blocks:
+        return tuple(networks)
+    reasons = {
+        "data.token_cache: never": data.token_cache == "never",
+        "of several processes": rank_and_world()[1] > 1,
+        "of a network of the task's own": any(type(network) is not Prepared for network in filter(None, networks)),
+        "dropout comes before their end; set model.dropout_blocks lower": blocks < 1,
+    }
+    if why := next((reason for reason, holds in reasons.items() if holds), None):
+        console.line(f"frozen blocks: run again each epoch ({why})")
+        return tuple(networks)
+    train_set, eval_set = datasets
+    versions = 2 if data.augment else 1
+    dtype, depth = getattr(torch, data.token_dtype), len(model.blocks)
+    with torch.no_grad():
+        black = torch.zeros(1, 3, train_set.image_size, train_set.image_size, dtype=torch.uint8)
+        shape = Cached(networks[0], blocks, None).trunk(black.to(next(model.parameters()).device)).shape[1:]
+    places = versions * len(train_set) + len(eval_set or ())
+    size = places * shape.numel() * dtype.itemsize
+    cache, images = keep_decoded(data, *datasets)
+    in_memory = size + images * cache <= data.cache_limit_gb * 1e9
+    folder = None if in_memory else Path(data.token_cache_dir or training.ckpt_dir)
+    store = TokenCache(allocate((places, *shape), dtype, folder))
+    where = "memory" if in_memory else f"a file in {folder}, as data.cache_limit_gb is {data.cache_limit_gb:g}"
+    what = f"the tokens that leave {blocks} of {depth} blocks are kept" + (", mirrored too" if versions > 1 else "")
+    console.line(f"frozen blocks: {what}: {size / 1e6:.0f} MB in {where}")
+    return tuple(Cached(network, blocks, store) if network else None for network in networks)
+
+
 def open_model(
-    task: Task, num_classes: int, state: dict | None, console: Console
+    task: Task, classes: list[str], state: dict | None, console: Console
 ) -> tuple[nn.Module, nn.Module | None]:
     """The model with the weights that it starts from, on its device, and the reference of the KL term if there is one:
     a frozen copy of the model that training started from. Raises InputError."""
     config, reference = task.config, None
-    model = build_model(task, num_classes, pick_device(config["training"]["device"]))
+    model = build_model(task, len(classes), pick_device(config["training"]["device"]))
     if config["model"]["checkpoint_path"] and not state:
-        console.line(load_weights(model, config["model"]["checkpoint_path"]))
+        for line in load_weights(model, config["model"]["checkpoint_path"], config, classes).splitlines():
+            console.line(line)
     if state:
         try:
             model.load_state_dict(state["model"])

@@ -3,12 +3,16 @@
 import argparse
 import math
 import os
+import pathlib
+import re
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,6 +78,20 @@ def save_checkpoint(state: dict[str, Any], directory: Path, *, best: bool, keep:
     return path
 
 
+def plain_classes() -> list:
+    """What a file may hold beside tensors and Python's own values, because it runs no code: command lines, paths (as
+    plain text paths of either system), numpy's scalars and arrays; under the names of older numpy and newer Python."""
+    scalar, rebuild = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
+    classes = [argparse.Namespace, np.dtype, np.ndarray, *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdgFD"}]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        classes += [(scalar, f"{module}.scalar"), (rebuild, f"{module}._reconstruct")]
+    for module in ("pathlib", "pathlib._local"):
+        for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"):
+            pure = pathlib.PureWindowsPath if "Windows" in name else pathlib.PurePosixPath
+            classes.append((pure, f"{module}.{name}"))
+    return classes
+
+
 def read_file(path: Path) -> Any:
     """What `torch.save`, or for *.safetensors that package, wrote to `path`, on the CPU. Runs no code from it
     (`weights_only=True`). Raises InputError."""
@@ -82,25 +100,54 @@ def read_file(path: Path) -> Any:
             from safetensors.torch import load_file  # optional
 
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # plain values: the options of DINO, MAE, DeiT
+        with torch.serialization.safe_globals(plain_classes()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
-        raise InputError(f"{path}: reading it needs the safetensors package: pip install safetensors") from None
+        how = "uv run --extra safetensors …, or pip install safetensors"
+        raise InputError(f"{path}: reading it needs the safetensors package: {how}") from None
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # unpickling a damaged file may raise nearly anything
         reason = getattr(error, "strerror", None) or "damaged, or more than tensors and plain values"
+        if refused := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
+            reason = f"it holds a {refused[1]}, and making one could run code; save the weights alone: "
+            reason += "torch.save(model.state_dict(), file)"
         raise InputError(f"{path}: not a checkpoint that can be read ({reason})") from None
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state that `save_checkpoint` wrote to the file `path`, or last to the folder `path`. Raises InputError."""
-    path = path / "last.pt" if path.is_dir() else path
+def load_checkpoint(path: Path, say: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """The state that `save_checkpoint` wrote to the file `path`, or last to the folder `path`. say: where the folder's
+    last.pt is damaged or gone, the newest whole step_*.pt is taken, and a line says so. Raises InputError."""
+    if not path.is_dir():
+        return load_whole(path)
+    try:
+        return load_whole(path / "last.pt")
+    except InputError as error:
+        for step in sorted(path.glob("step_*.pt"), key=lambda file: (len(file.name), file.name), reverse=True):
+            try:
+                state = load_whole(step)
+            except InputError:
+                continue
+            if not say:
+                raise InputError(f"{error}; the newest whole one is {step}, name it instead") from None
+            say(f"warning: {error}; going on from {step}, the newest whole one")
+            return state
+        raise
+
+
+def load_whole(path: Path) -> dict[str, Any]:
+    """The state in a file of `save_checkpoint`. Raises InputError."""
     state = read_file(path)
     missing = {"step", "model", "optimizer", "config", "classes"} - set(state if isinstance(state, dict) else ())
     if missing:
         raise InputError(f"{path}: not a checkpoint of this repo (it has no {', '.join(sorted(missing))})")
     return state
+
+
+def best_metric(state: dict[str, Any]) -> float | None:
+    """That of best.pt, under older names too; None: the run was never evaluated."""
+    metric = state.get("best_metric", state.get("best_figure", state.get("best_accuracy")))
+    return None if metric == -math.inf else metric  # as older runs began
 
 
 @dataclass
@@ -143,8 +190,7 @@ def restore(state: dict[str, Any], optimizer: torch.optim.Optimizer, config: dic
         ) from None
     for group, own in zip(optimizer.param_groups, kept):
         group |= own
-    state = {"best_metric": state.get("best_figure", state.get("best_accuracy"))} | state  # older names
-    state["best_metric"] = None if state["best_metric"] == -math.inf else state["best_metric"]  # as older ones began
+    state = state | {"best_metric": best_metric(state)}
     progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__ if name in state})
     device = optimizer.param_groups[0]["params"][0].device
     progress.rows = [{name: value.to(device) for name, value in row.items()} for row in progress.rows]

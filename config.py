@@ -1,5 +1,6 @@
 """The configuration: what every key means, its default, what it may be. Checked as a whole before anything starts."""
 
+import datetime
 import difflib
 import hashlib
 import importlib.util
@@ -26,6 +27,7 @@ class Key:
     rule: str = ""  # what the value must be, as the message says it
     valid: Callable[[Any], bool] = lambda value: True
     optional: bool = False  # null is allowed; so it is where it is the default
+    path: bool = False  # of a file or folder: ~ is the user's home
 
 
 def at_least(low: float) -> dict:
@@ -39,37 +41,61 @@ def one_of(*choices: str) -> dict:
 POSITIVE = {"rule": "> 0", "valid": lambda value: value > 0}
 FRACTION = {"rule": ">= 0 and < 1", "valid": lambda value: 0 <= value < 1}
 UP_TO_ONE = {"rule": "> 0 and <= 1", "valid": lambda value: 0 < value <= 1}
-CHANNELS = {"rule": "three numbers", "valid": lambda value: len(value) == 3}
-SPREADS = {"rule": "three numbers > 0", "valid": lambda value: len(value) == 3 and min(value) > 0}
+CHANNELS = {
+    "rule": "three numbers >= 0 and <= 1 (divide those of pixels from 0 to 255 by 255)",
+    "valid": lambda value: len(value) == 3 and all(0 <= x <= 1 for x in value),
+}
+SPREADS = {
+    "rule": "three numbers > 0 and <= 1 (divide those of pixels from 0 to 255 by 255)",
+    "valid": lambda value: len(value) == 3 and all(0 < x <= 1 for x in value),
+}
 BETAS = {"rule": "two numbers >= 0 and < 1", "valid": lambda value: len(value) == 2 and all(0 <= x < 1 for x in value)}
 NAMES = {"rule": "at least one name", "valid": lambda value: value and all(isinstance(name, str) for name in value)}
+NULL = {"optional": True}  # null is as if left out
 FOLDER = {"rule": "the name of a folder", "valid": lambda value: value not in ("", ".", "..") and "/" not in value}
 
 Schema = Mapping[str, Key]  # "section.key" -> what it may be
 SCHEMA: dict[str, Key] = {  # of every run; a task has further keys of its own (`Task.keys`)
     "model.image_size": Key(224, int, "height and width images are resized to, pixels", **at_least(1)),
-    "model.patch_size": Key(16, int, "height and width of a patch, pixels; divides image_size", **at_least(1)),
-    "model.embed_dim": Key(192, int, "width of the tokens", **at_least(1)),
-    "model.depth": Key(12, int, "encoder blocks", **at_least(1)),
-    "model.num_heads": Key(3, int, "attention heads; divides embed_dim", **at_least(1)),
-    "model.mlp_ratio": Key(4.0, float, "hidden width of the MLP / embed_dim", **POSITIVE),
+    "model.patch_size": Key(16, int, "height and width of a patch, pixels; divides image_size", **at_least(1), **NULL),
+    "model.embed_dim": Key(192, int, "width of the tokens", **at_least(1), **NULL),
+    "model.depth": Key(12, int, "encoder blocks", **at_least(1), **NULL),
+    "model.num_heads": Key(3, int, "attention heads; divides embed_dim", **at_least(1), **NULL),
+    "model.mlp_ratio": Key(4.0, float, "hidden width of the MLP / embed_dim", **POSITIVE, **NULL),
+    "model.registers": Key(0, int, "further tokens without a position (DINOv2's and DINOv3's)", **at_least(0), **NULL),
+    "model.positions": Key(
+        "learned", str, "an embedding that is added, or rotations (DINOv3's)", **one_of("learned", "rotary"), **NULL
+    ),
+    "model.norm_eps": Key(1e-6, float, "epsilon of the LayerNorms", **POSITIVE, **NULL),
     "model.dropout": Key(0.1, float, "probability of a zero in a mask", **FRACTION),
-    "model.dropout_blocks": Key(None, int, "dropout in the last k blocks only; null: everywhere", **at_least(1)),
+    "model.dropout_blocks": Key(
+        None, int, "dropout in the last k blocks only; 0: before the head; null: everywhere", **at_least(0)
+    ),
     "model.num_classes": Key(None, int, "null: the classes of data.train_dir", **at_least(1)),
-    "model.checkpoint_path": Key(None, str, "weights to start from: of this repo, or of timm, DeiT, DINO, MAE"),
+    "model.checkpoint_path": Key(
+        None, str, "weights to start from, a file or folder; patch_size to norm_eps are read from it", path=True
+    ),
+    "model.pos_embed_antialias": Key(
+        "auto", str, "for another grid, antialias; auto: as the publisher does", **one_of("auto", "true", "false")
+    ),
     "model.activation_checkpointing": Key(False, bool, "compute activations twice, which needs less memory"),
     "model.compile": Key(False, bool, "torch.compile the model"),
-    "data.train_dir": Key("data/train", str, "folder of images, in the task's format"),
-    "data.eval_dir": Key("data/eval", str, "folder of the same classes; null: no evaluation", optional=True),
+    "data.train_dir": Key("data/train", str, "folder of images, in the task's format", path=True),
+    "data.eval_dir": Key("data/eval", str, "folder of the same classes; null: no evaluation", optional=True, path=True),
     "data.mean": Key([0.485, 0.456, 0.406], list, "mean of the red, green, blue channels in [0, 1]", **CHANNELS),
     "data.std": Key([0.229, 0.224, 0.225], list, "standard deviation of the channels", **SPREADS),
     "data.augment": Key(False, bool, "mirror half of the training images left to right"),
     "data.num_workers": Key(1, int, "processes that decode images; 0: the main process", **at_least(0)),
     "data.on_bad_image": Key(
-        "error", str, "skip: the next good one takes its place, up to 1 %", **one_of("error", "skip")
+        "error", str, "skip: the next good one takes its place, up to 1 % or three", **one_of("error", "skip")
     ),
     "data.cache": Key("auto", str, "keep decoded images; auto: if they fit", **one_of("auto", "always", "never")),
-    "data.cache_limit_gb": Key(4.0, float, "what fits, for cache: auto, in GB", **at_least(0)),
+    "data.cache_limit_gb": Key(4.0, float, "what fits into memory: decoded images, then tokens, in GB", **at_least(0)),
+    "data.token_cache": Key(
+        "auto", str, "keep the tokens that leave frozen blocks, in memory or in a file", **one_of("auto", "never")
+    ),
+    "data.token_cache_dir": Key(None, str, "folder of that file; null: training.ckpt_dir"),
+    "data.token_dtype": Key("float32", str, "numbers that are kept", **one_of("float32", "bfloat16")),
     "rollout.num_mc_samples": Key(4, int, "T, Monte Carlo Dropout passes per image", **at_least(1)),
     "rollout.actions_per_sample": Key(16, int, "A, actions drawn per pass (1 for action: argmax)", **at_least(1)),
     "rollout.action": Key(
@@ -109,8 +135,8 @@ SCHEMA: dict[str, Key] = {  # of every run; a task has further keys of its own (
     "training.device": Key("auto", str, "auto (cuda, mps, cpu in this order), cpu, cuda, cuda:1, mps"),
     "training.dtype": Key("auto", str, "auto: bfloat16 where the GPU has it", **one_of("auto", "float32", "bfloat16")),
     "training.seed": Key(0, int, "all randomness is a function of it", **at_least(0)),
-    "training.ckpt_dir": Key("ckpt", str, "checkpoints go to ckpt_dir/run_name"),
-    "training.log_dir": Key("logs", str, "TensorBoard events go to log_dir/run_name"),
+    "training.ckpt_dir": Key("ckpt", str, "checkpoints go to ckpt_dir/run_name", path=True),
+    "training.log_dir": Key("logs", str, "TensorBoard events go to log_dir/run_name", path=True),
     "training.run_name": Key(None, str, "null: the config file's name", **FOLDER),
     "training.log_interval": Key(10, int, "steps between points in TensorBoard", **at_least(1)),
     "training.eval_interval": Key(100, int, "steps between evaluations", **at_least(1)),
@@ -127,8 +153,17 @@ SCHEMA: dict[str, Key] = {  # of every run; a task has further keys of its own (
     "training.save_interval": Key(200, int, "steps between checkpoints", **at_least(1)),
     "training.keep_checkpoints": Key(3, int, "step_*.pt files to keep; last.pt and best.pt stay", **at_least(1)),
 }
+SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "registers", "positions", "norm_eps")
+SIZES = tuple(f"model.{key}" for key in SIZES)  # what the file of model.checkpoint_path says
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", list: "a list of"}
 KINDS |= {dict: "a list or a mapping name: weight of"}
+READS = {
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    datetime.date: "a date",
+    datetime.datetime: "a date",
+}
 
 
 def flatten(nested: Any, source: str) -> dict[str, Any]:
@@ -173,7 +208,12 @@ def convert(name: str, value: Any, key: Key) -> Any:
         return None
     kind = KINDS.get(key.kind, "" if key.rule else "a text")
     wanted = " ".join(filter(None, [kind, key.rule, "or null" if takes_null else ""]))
-    error = InputError(f"{name}: {value!r} is not allowed; expected {wanted}")
+    shown = value.isoformat() if isinstance(value, datetime.date) else repr(value)
+    words = isinstance(value, bool) and str(value).lower() in key.rule.split(" | ")  # YAML's true and false among them
+    if key.kind is str and type(value) in READS and not words:
+        wanted += f"; YAML reads this as {READS[type(value)]}: put it in quotes (on a command line \"{name}='…'\")"
+    error = InputError(f"{name}: {shown} is not allowed; expected {wanted}")
+    value = str(value).lower() if words else value
     try:
         if key.kind is float:
             value = number(value)
@@ -182,7 +222,9 @@ def convert(name: str, value: Any, key: Key) -> Any:
         elif key.kind is dict:
             names = [value] if isinstance(value, str) else value
             weights = names if isinstance(names, dict) else dict.fromkeys(names, 1.0)
-            value = {name: number(weight) for name, weight in weights.items()}
+            value = {os.path.expanduser(name): number(weight) for name, weight in weights.items()}
+        elif key.path:
+            value = os.path.expanduser(value)
         if type(value) is not key.kind or not key.valid(value):
             raise error
     except (TypeError, ValueError, OverflowError):
@@ -212,6 +254,8 @@ def check_pairs(config: dict[str, Any]) -> None:
             raise InputError(f"{name}: {value} is {relation} {other}: {limit}")
     embed_dim, mlp_ratio = config["model.embed_dim"], config["model.mlp_ratio"]
     dropout, passes = config["model.dropout"], config["rollout.num_mc_samples"]
+    if config["model.positions"] == "rotary" and embed_dim // config["model.num_heads"] % 4:
+        raise InputError("model.positions: rotary needs an embed_dim / num_heads that is a multiple of 4")
     if embed_dim * mlp_ratio < 1:
         raise InputError(f"model.mlp_ratio: {mlp_ratio} of {embed_dim} leaves no hidden unit")
     if config["rollout.action"] == "argmax" and (dropout == 0 or passes < 2):
@@ -232,7 +276,7 @@ def check(*layers: tuple[str, dict[str, Any]], schema: Schema = SCHEMA) -> dict[
         for name in layer:
             if name not in schema:
                 raise InputError(f"{source}: unknown key {one_line(name)}{suggest(name, schema)}")
-        flat |= layer
+        flat |= {name: value for name, value in layer.items() if value is not None or name not in SIZES}
     config = {name: convert(name, flat.get(name, key.default), key) for name, key in schema.items()}
     check_pairs(config)
     return nest(config)
@@ -243,11 +287,38 @@ def one_line(error: Exception | str) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+class Loader(yaml.SafeLoader):
+    """YAML as people mean it: no key twice in a mapping, and no number in another base than ten."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+                where = f"{key.start_mark.name}: line {line}"
+                raise InputError(f"{where}: {key.value} is there twice, first in line {lines[key.value]}; remove one")
+        return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        construct = super().construct_yaml_int if node.tag.endswith("int") else super().construct_yaml_float
+        value, text = construct(node), node.value.lstrip("+-")
+        if ":" in text or text[:2].lower() in ("0x", "0b") or (node.tag.endswith("int") and text[:1] == "0" != text):
+            hint = f"write what is meant in base ten, or '{node.value}' for a text"
+            raise InputError(f"YAML reads {node.value} as {value}, in another base: {hint}")
+        return value
+
+
+for kind in ("int", "float"):
+    Loader.add_constructor(f"tag:yaml.org,2002:{kind}", Loader.construct_number)
+
+
 def read_yaml(path: str) -> dict[str, Any]:
     """The keys a config file sets, flat. Raises InputError."""
     try:
         with open(path, encoding="utf-8") as file:
-            nested = yaml.safe_load(file)
+            nested = yaml.load(file, Loader)
+    except InputError as error:
+        raise InputError(str(error) if str(error).startswith(path) else f"{path}: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', 'not UTF-8')})") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -261,7 +332,9 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals:
         raise InputError(f"{one_line(text)}: not an option; keys are overridden as section.key=value")
     try:
-        return name, yaml.safe_load(value)
+        return name, yaml.load(value, Loader)
+    except InputError as error:
+        raise InputError(f"{one_line(text)}: {error}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise InputError(f"{one_line(text)}: not valid YAML ({one_line(error)})") from None
 

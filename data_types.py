@@ -19,10 +19,11 @@ def printable(text: str) -> str:
 
 
 class InputError(ValueError):
-    """Bad input: one line that names the file, key or value and what to do. `train.py` prints it and exits with 2."""
+    """Bad input: a line that names the file, key or value and what to do, or several, as arguments. `train.py` prints
+    them and exits with 2."""
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return "\n".join(printable(str(line)) for line in self.args)
 
 
 @dataclass

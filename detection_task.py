@@ -5,11 +5,8 @@ class (K: background) and its box, [2, P], and each element is four numbers, [2,
 A box in the head's raw space is (dx, dy, log w, log h): its centre from the patch's centre and its size, in patches.
 """
 
-import json
 import math
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,12 +17,14 @@ from torch.distributions import Categorical, Distribution, Independent, Normal, 
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from coco_annotations import read_annotations
 from coco_ap import average_precision, box_iou, matched
 from config import FRACTION, POSITIVE, Key, one_of
 from data_types import Credit, InputError, TensorMiniBatch
 from evaluation import DenseEvaluation, predictive_entropy, to_picture, to_tensor
+from folders import same_name, upright_size
 from grpo import compute_advantages, nll
-from images import ImageDataset, decode_image, draw_mirrored, mirror, upright_size
+from images import ImageDataset, draw_mirrored, mirror
 from set_credit import THRESHOLDS, set_values
 from vision_task import Task
 
@@ -34,105 +33,64 @@ SHOWN_SCORE = 0.5  # of boxes in words and pictures; --json has all from detecti
 MAX_LOG_SIZE = math.log(1000.0)  # patches; beyond lies overflow, not a box
 
 
-def read_annotations(root: str) -> tuple[list[dict], dict[int, str]]:
-    """root/annotations.json in COCO's format -> images, each with `objects`: (category id, x0, y0, x1, y1, crowd), and
-    the categories, id -> name. Raises InputError with one line for whatever does not fit together."""
-    path = Path(root, "annotations.json")
-
-    def bad(what: str) -> InputError:
-        return InputError(f"{path}: {what}")
-
-    try:
-        coco = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise bad("no such file; a detection folder holds images/ and annotations.json in COCO's format") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise bad(f"cannot be read ({' '.join(str(error).split())})") from None
-    for section, keys in {
-        "images": ("id", "file_name", "width", "height"),
-        "annotations": ("image_id", "category_id", "bbox"),
-        "categories": ("id", "name"),
-    }.items():
-        rows = coco.get(section) if isinstance(coco, dict) else None
-        if not isinstance(rows, list):
-            raise bad(f"it should hold a list of {section}")
-        for i, row in enumerate(rows):
-            missing = [key for key in keys if key not in row] if isinstance(row, dict) else keys
-            if missing:
-                raise bad(f"{section}[{i}] has no {missing[0]}")
-            if not all(type(row[key]) is int for key in keys if key.endswith("id")):
-                raise bad(f"{section}[{i}]: its ids should be whole numbers")
-    categories: dict[int, str] = {}
-    for row in coco["categories"]:
-        if row["id"] in categories or str(row["name"]) in categories.values():
-            raise bad(f"category {row['id']} ({row['name']}) is there twice")
-        categories[row["id"]] = str(row["name"])
-    images: dict[int, dict] = {}
-    for row in coco["images"]:
-        name = f"image {row['id']} ({row['file_name']})"
-        if row["id"] in images:
-            raise bad(f"{name} is there twice")
-        if not all(type(row[side]) is int and 0 < row[side] < 1e9 for side in ("width", "height")):
-            raise bad(f"{name}: width and height should be whole numbers > 0")
-        file = os.path.join(root, "images", str(row["file_name"]))
-        if not os.path.isfile(file):
-            raise bad(f"{name}: there is no file {file}")
-        images[row["id"]] = {"path": file, "size": (row["width"], row["height"]), "objects": []}
-    if not images:
-        raise bad("it names no image")
-    for i, row in enumerate(coco["annotations"]):
-        name = f"annotation {row.get('id', i)}"
-        image, box = images.get(row["image_id"]), row["bbox"]
-        if image is None:
-            raise bad(f"{name}: there is no image {row['image_id']}")
-        if row["category_id"] not in categories:
-            raise bad(f"{name}: there is no category {row['category_id']}")
-        numbers = isinstance(box, list) and all(type(x) in (int, float) and abs(x) < 1e9 for x in box)
-        if not (numbers and len(box) == 4 and min(box[2:]) >= 0):
-            raise bad(f"{name}: bbox {box} should be four finite numbers: x, y, width >= 0, height >= 0")
-        x0, y0, x1, y1 = *box[:2], box[0] + box[2], box[1] + box[3]
-        width, height = image["size"]
-        if x0 < -1 or y0 < -1 or x1 > width + 1 or y1 > height + 1:  # 1: rounding
-            raise bad(f"{name}: bbox {box} is outside its image of {width}x{height} pixels")
-        image["objects"].append((row["category_id"], x0, y0, x1, y1, bool(row.get("iscrowd", 0))))
-    return list(images.values()), categories
-
-
 class DetectionDataset(ImageDataset):
-    """A folder of `images/` and `annotations.json` in COCO's format. Images without objects belong to it.
+    """A folder of images and an annotation file in COCO's format, or that file. Images without objects belong to it.
 
-    classes: the class names whose order gives the ids; None takes the file's categories by ascending id. Item i is the
-    image, uint8 [3, image_size, image_size]; boxes are scaled with it. Raises InputError for a file that does not fit
-    COCO's format, the images or `classes`.
+    classes: the class names whose order gives the ids; None takes the file's categories by ascending id. annotations:
+    which file, see `coco_annotations.find_annotations`. skip_bad: image files that cannot be read are met when they are
+    decoded. Item i is the image, uint8 [3, image_size, image_size]; boxes are scaled with it. Raises InputError for
+    what does not fit COCO's format, the images or `classes`.
     """
 
-    def __init__(self, root: str, image_size: int, patch_size: int, classes: list[str] | None = None):
-        images, categories = read_annotations(root)
-        self.root, self.image_size, self.patch_size = root, image_size, patch_size
-        self.classes = list(classes) if classes else [categories[i] for i in sorted(categories)]
-        path = os.path.join(root, "annotations.json")
+    def __init__(
+        self,
+        root: str,
+        image_size: int,
+        patch_size: int,
+        classes: list[str] | None = None,
+        annotations: str | None = None,
+        skip_bad: bool = False,
+    ):
+        found = read_annotations(root, annotations, skip_bad)
+        self.root, self.image_size, self.patch_size = found.root, image_size, patch_size
+        self.paths, self.sizes = found.paths, found.sizes
+        names = list(found.categories.values())
+        self.classes = list(classes) if classes else names
         if not self.classes:
-            raise InputError(f"{path}: it names no category")
-        if unknown := sorted(set(categories.values()) - set(self.classes)):
-            raise InputError(f"{path}: categories unknown in training: {', '.join(unknown)}")
-        label = {i: self.classes.index(name) for i, name in categories.items()}
-        self.paths = [image["path"] for image in images]
-        self.sizes = [image["size"] for image in images]
-        self.boxes, self.labels, self.crowd = [], [], []  # per image: [m, 4] x0 y0 x1 y1 in resized pixels, [m], [m]
-        for image in images:
-            rows = [(label[category], *rest) for category, *rest in image["objects"]]
-            objects = torch.tensor(rows, dtype=torch.float64).view(-1, 6)
-            scale = image_size / torch.tensor(image["size"] * 2, dtype=torch.float64)
-            self.boxes.append((objects[:, 1:5] * scale).float())
-            self.labels.append(objects[:, 0].long())
-            self.crowd.append(objects[:, 5].bool())
+            raise InputError(f"{found.file}: it names no category")
+        place = {same_name(name): i for i, name in enumerate(self.classes)}
+        label = torch.tensor([place.get(same_name(name), -1) for name in names] or [-1])
+        used = torch.bincount(torch.from_numpy(found.category), minlength=len(label)) > 0
+        if unknown := sorted(name for name, known, u in zip(names, label >= 0, used) if u and not known):
+            raise InputError(f"{found.file}: categories unknown in training: {', '.join(unknown)}")
+        image, order = torch.from_numpy(found.image).sort(stable=True)
+        scale = image_size / torch.tensor([size * 2 for size in found.sizes], dtype=torch.float64)
+        labels = label[torch.from_numpy(found.category)]
+        boxes = (torch.from_numpy(found.boxes) * scale[torch.from_numpy(found.image)]).float()
+        values = {"boxes": boxes, "labels": labels, "crowd": torch.from_numpy(found.crowd)}
+        counts = torch.bincount(image, minlength=len(self)).tolist()
+        # per image: [m, 4] x0 y0 x1 y1 in resized pixels, [m], [m]
+        self.boxes, self.labels, self.crowd = (list(x[order].split(counts)) for x in values.values())
+        self.notes = (*found.notes, *self.without_objects(labels))
 
-    def __getitem__(self, index: int) -> Tensor:
-        path, (width, height) = self.paths[index], self.sizes[index]
-        image = decode_image(path, self.image_size)
-        if (has := upright_size(path)) != (width, height):
-            raise InputError(f"{path}: the image has {has[0]}x{has[1]} pixels, annotations.json says {width}x{height}")
-        return image
+    def without_objects(self, labels: Tensor) -> list[str]:
+        """A note if there are no objects, or none of some classes."""
+        counts = torch.bincount(labels, minlength=len(self.classes)).tolist()
+        none = [name for name, count in zip(self.classes, counts) if not count]
+        if len(none) == len(self.classes):
+            return ["no object at all: there is nothing to find"]
+        listed = ", ".join(none[:10]) + ", …" * (len(none) > 10)
+        return [f"no object of {len(none)} of {len(self.classes)} classes: {listed}"] if none else []
+
+    def __getstate__(self) -> dict:
+        """For a worker that was not forked: views of one tensor would each be sent with the whole of it."""
+        lists = {name: torch.cat(getattr(self, name)) for name in ("boxes", "labels", "crowd")}
+        return vars(self) | lists | {"counts": [len(x) for x in self.labels]}
+
+    def __setstate__(self, state: dict) -> None:
+        counts = state.pop("counts")
+        lists = {name: list(state[name].split(counts)) for name in ("boxes", "labels", "crowd")}
+        vars(self).update(state | lists)
 
     def batch(self, indices: Tensor, inputs: Tensor) -> TensorMiniBatch:
         """inputs [B, 3, H, W] with targets [B, 2, P, 4], counted [B, 2, P] and, in the metadata, the objects: `boxes`
@@ -469,6 +427,9 @@ class Detection(Task):
     """A class, background included, and a box for each patch."""
 
     keys = {
+        "detection.annotations": Key(
+            None, str, "COCO's file below the folder; null: annotations.json, or the only one that there is", path=True
+        ),
         "detection.box_std": Key(0.3, float, "standard deviation of a box action in raw space, in patches", **POSITIVE),
         "detection.box_std_end": Key(
             None, float, "where it ends, by a geometric schedule; null: it stays", **POSITIVE, optional=True
@@ -490,8 +451,9 @@ class Detection(Task):
     thresholds: dict[str, float] | None = None  # by class, the least score of a detection, where one was fitted
 
     def open(self, root: str, classes: list[str] | None = None) -> DetectionDataset:
-        model = self.config["model"]
-        return DetectionDataset(root, model["image_size"], model["patch_size"], classes)
+        model, skip_bad = self.config["model"], self.config["data"]["on_bad_image"] == "skip"
+        annotations = self.config["detection"]["annotations"]
+        return DetectionDataset(root, model["image_size"], model["patch_size"], classes, annotations, skip_bad)
 
     def head_size(self, num_classes: int) -> int:
         """Logits of the classes and of the background, and a raw box."""
@@ -505,6 +467,13 @@ class Detection(Task):
     def probabilities(self, outputs: Tensor) -> Tensor:
         """Of the classes of each patch, the background last: […, P, K + 1]."""
         return self.policy(outputs).classes.probs
+
+    def deployed(self, outputs: Tensor) -> dict[str, Tensor]:
+        """The candidates before threshold and suppression, a patch each: boxes x0 y0 x1 y1 in pixels of the input
+        [B, P, 4], and the classes' probabilities, the background last [B, P, K + 1]."""
+        policy, model = self.policy(outputs), self.config["model"]
+        boxes = decode_boxes(policy.boxes.mean, model["patch_size"]).clamp(0, model["image_size"])
+        return {"boxes": boxes, "probabilities": policy.classes.probs}
 
     def supervised_loss(self, policy: ClassAndBox, targets: Tensor) -> Tensor:
         log_prob = self.config["detection"]["supervised_loss"] == "log_prob"

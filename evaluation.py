@@ -190,7 +190,7 @@ def evaluate(
 ) -> Evaluation:
     """The task's `Evaluation` over all batches, on the network's device. network: see `Task.network`. group: where
     several processes have every world-th batch; rank 0's evaluation is of them all, those of the others are empty.
-    rewards: a `scores.RewardEvaluation` that sees the same."""
+    rewards: a `scores.RewardEvaluation` that sees the same. Raises InputError where no image can be decoded."""
     config, evaluation, device = task.config, task.evaluation(dataset), next(network.parameters()).device
 
     def outputs() -> Iterator[tuple[TensorMiniBatch, Tensor, Tensor]]:
@@ -203,10 +203,15 @@ def evaluate(
                 yield batch, network(batch.inputs), network(batch.inputs, masks)
 
     size = min(config["training"]["micro_batch_size"] or config["training"]["batch_size"], len(dataset))
-    for row in gathered(outputs(), math.ceil(len(dataset) / size), group) if group else outputs():
+    rows = gathered(outputs(), math.ceil(len(dataset) / size), group) if group else outputs()
+    empty = not (group and rank_and_world()[0])
+    for row in rows:
         evaluation.add(*row)
+        empty = False
         if rewards:
             rewards.add(*row)
+    if empty:
+        raise InputError(f"{dataset.root}: none of its images can be decoded")
     return evaluation
 
 

@@ -1,44 +1,35 @@
-"""Images, for every task: found, decoded, resized, streamed in batches, mirrored, normalised."""
+"""Images, for every task: decoded, resized, streamed in batches, mirrored, normalised."""
 
 import atexit
 import hashlib
+import math
 import multiprocessing
 import os
 import pickle
+import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+import torch.distributed as dist
+from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from config import load_file, one_line
 from data_types import InputError, TensorMiniBatch
 from grpo import keyed_rng
-from processes import rank_and_world
+from processes import gather_everywhere, rank_and_world
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
-
-
-def find_images(root: str) -> list[str]:
-    """All image files at any depth below `root`, sorted; links are followed, hidden files and folders are not."""
-    found, visited = [], set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:  # a link in a circle
-            subfolders.clear()
-            continue
-        visited.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        images = [name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
-        found += [os.path.join(folder, name) for name in images]
-    return sorted(found)
+FEW_BAD = 3  # images that cannot be decoded; so many are skipped, however few images there are
+PREFETCHED = 4  # batches that a worker decodes ahead of need
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -67,22 +58,13 @@ def decode_image(path: str, image_size: int) -> Tensor:
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()  # [h, w, 3] -> [3, h, w]
 
 
-def upright_size(path: str) -> tuple[int, int]:
-    """Width and height of the image file as `decode_image` turns it, from its header."""
-    with Image.open(path) as image:
-        if image.format == "TIFF":  # Pillow turns these by itself, some versions on opening, others on loading
-            image.load()
-            return image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        return image.size[::-1] if turned else image.size
-
-
 class ImageDataset(Dataset):
     """Image files and what is known about them: what every task's `open` returns. A subclass sets root, the folder;
     image_size, of the input; paths, the n files; classes, the K names by id; and `targets` [n, E…], or it has a `batch`
-    of its own."""
+    of its own. notes: what the run says of the folder before it begins, one a line."""
 
     channels = 3  # of an item
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -138,13 +120,46 @@ class _BatchDecoder(Dataset):
             return InputError(f"{self.dataset.root}: no image that can be decoded")
         size = self.dataset.image_size
         shape = 0, self.dataset.channels, size, size
-        return found, bad, torch.stack(items) if items else torch.empty(shape, dtype=torch.uint8)
+        batch = torch.stack(items) if items else torch.empty(shape, dtype=torch.uint8)
+        return found, bad, share(batch) if get_worker_info() else batch
 
     def __reduce__(self) -> tuple:
         """A worker that was not forked loads the file of the data set's class before it reads the data set."""
         module = sys.modules[type(self.dataset).__module__]
         file = module.__file__ if getattr(module, "loaded_by_path", False) else None
         return _unpickle_decoder, (file, pickle.dumps(self.dataset), self.on_bad)
+
+
+def share(batch: Tensor) -> Tensor | np.ndarray:
+    """What a worker hands over: the batch in shared memory, or, where that is full, an array, which goes through a pipe
+    instead. Left to DataLoader, a full one would be met in a thread of its queue, and the run would wait for ever."""
+    try:
+        return batch.share_memory_()
+    except RuntimeError:  # no space left on the device
+        return batch.numpy()
+
+
+def shared_memory_note(num_workers: int, batch_bytes: int, folder: str = "/dev/shm") -> list[str]:
+    """A line if the batches that workers decode ahead do not fit into shared memory."""
+    wanted = num_workers * PREFETCHED * batch_bytes
+    free = shutil.disk_usage(folder).free if os.path.isdir(folder) else wanted
+    if free >= wanted:
+        return []
+    return [
+        f"note: shared memory ({folder}) has room for {free / 1e6:.0f} MB, the workers can fill {wanted / 1e6:.0f}: "
+        "batches that find no room go through pipes, which is slower. data.num_workers=0 needs none, docker run "
+        f"--shm-size={math.ceil(2 * wanted / 1e9)}g gives more"
+    ]
+
+
+def worker_death(error: RuntimeError) -> InputError | None:
+    """What to say of DataLoader's complaint that a worker is gone; None for other errors."""
+    if "DataLoader worker" not in str(error):
+        return None
+    number = re.search(r"killed by signal: ([\w ]+)", str(error))
+    how = f"killed by the system ({number[1]})" if number else "killed by the system"
+    hint = "the memory may be too small for data.num_workers processes: lower it, or set it to 0"
+    return InputError(f"data.num_workers: a process that decodes images was {how}; {hint}")
 
 
 def _unpickle_decoder(file: str | None, dataset: bytes, on_bad: str) -> _BatchDecoder:
@@ -204,14 +219,16 @@ def stream_batches(
         sampler=(indices(step).tolist() for step in decode),  # lists: a tensor would go through shared memory
         batch_size=None,  # an item is a batch already
         num_workers=loading.num_workers,
-        prefetch_factor=4 if loading.num_workers else None,
+        collate_fn=as_is,  # the default would make a tensor of what `share` made an array
+        prefetch_factor=PREFETCHED if loading.num_workers else None,
         pin_memory=loading.pin_memory,
         worker_init_fn=_ignore_signals,
     )
-    for decoded, step in zip(loader, decode):
+    for decoded, step in zip(explained(loader), decode):
         if isinstance(decoded, InputError):
             raise decoded
         found, bad, items = decoded
+        items = torch.as_tensor(items)
         if bad:
             loading.report(bad)
         if cache:
@@ -223,6 +240,18 @@ def stream_batches(
         found = source[indices(step)]
         batch = dataset.batch(found, store[found])
         yield batch.pin_memory() if loading.pin_memory else batch
+
+
+def as_is(x: Any) -> Any:
+    return x
+
+
+def explained(loader: Iterable) -> Iterator:
+    """The loader's items. Raises InputError where a worker is gone."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        raise worker_death(error) or error from None
 
 
 def ordered_batches(
@@ -262,21 +291,40 @@ class Batches:
 
 class BadImages:
     """Hears of images that cannot be decoded: says each once, and stops a run that meets too many of them. images: of
-    all data sets together. say: prints a line."""
+    all data sets together. say: prints a line. Of several processes each hears of its own until they `share`."""
 
     def __init__(self, images: int, say: Callable[[str], None]):
-        self.images, self.say, self.seen = images, say, set()
+        self.images, self.say, self.seen, self.unshared = images, say, set(), {}
 
     def __call__(self, bad: dict[str, str]) -> None:
-        """bad: file -> what is wrong with it. Raises InputError where they are more than 1 % of the images."""
-        for path in bad.keys() - self.seen:
-            self.say(f"warning: {bad[path]}")
-        self.seen.update(bad)
-        if len(self.seen) > self.images / 100:
+        """bad: file -> what is wrong with it. Raises InputError where they are more than 1 % of the images, and more
+        than three."""
+        new = {path: wrong for path, wrong in bad.items() if path not in self.seen}
+        for wrong in new.values():
+            self.say(f"warning: {wrong}")
+        self.seen.update(new)
+        self.unshared |= new
+        if rank_and_world()[1] == 1:  # else all stop together, in `share`
+            self.stop_at_too_many()
+
+    def share(self, group: dist.ProcessGroup | None) -> None:
+        """Every process hears of what the others met. Raises InputError as above."""
+        for bad in gather_everywhere(self.unshared, group):
+            self(bad)
+        self.unshared = {}
+        self.stop_at_too_many()
+
+    def stop_at_too_many(self) -> None:
+        if len(self.seen) > max(self.images / 100, FEW_BAD):
             raise InputError(
-                f"data.on_bad_image: skip: {len(self.seen)} of {self.images} images (training and evaluation) cannot "
-                f"be decoded, more than 1 %; the last: {next(iter(bad.values()))}"
+                f"data.on_bad_image: skip: {len(self.seen)} of {self.images} images cannot be decoded, more than 1 % "
+                f"and more than {FEW_BAD}, {sorted(self.seen)[0]} the first; repair or remove them"
             )
+
+    def left(self, dataset: ImageDataset) -> str:
+        """How many of the data set's images could be decoded, in words."""
+        bad = len(self.seen.intersection(dataset.paths))
+        return f"{len(dataset) - bad} of {len(dataset)} images" if bad else f"{len(dataset)} images"
 
 
 def epoch_order(epoch: int, seed: int, size: int) -> Tensor:

@@ -3,6 +3,7 @@
     uv run predict.py ckpt/config_digits image.jpg folder/
     uv run predict.py ckpt/config_digits --evaluate data/eval --out charts
     uv run predict.py ckpt/tuned photos/ --decide reward
+    uv run predict.py ckpt/config_digits --export model.pt2
 
 Every image meets the same T Monte Carlo Dropout passes. Predictive entropy (of their mean) is the whole uncertainty, in
 nats; mutual information is the part the passes disagree on: what the model does not know, apart from what the image
@@ -17,11 +18,12 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
+from os.path import expanduser
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Bernoulli
 
 from build import build_model, configure, load_rewards, pick_device
@@ -32,16 +34,16 @@ from deciding import Decider, Decision, decide_with, decision_path, digest, load
 from deciding import fit as fit_decision
 from detection_task import best_thresholds, mean_f1
 from evaluation import load_pyplot, metrics_line, to_picture
+from export import export_model
+from folders import SUFFIXES, find_images
 from grpo import keyed_rng
-from images import SUFFIXES, ImageDataset, Loading, decode_image, find_images, ordered_batches, to_rgb
+from images import BadImages, ImageDataset, Loading, decode_image, ordered_batches, to_rgb, worker_death
 from scores import RewardEvaluation
 from vision_task import Task
 
 
-def open_checkpoint(args: argparse.Namespace) -> tuple[Callable, Task, list[str], str]:
-    """The checkpoint's network as a function of at most --batch-size uint8 images [B, 3, H, W]: outputs [B, T, …] of T
-    passes, or [B, …] of the deterministic network; its task; its classes; its digest. The passes are T functions, drawn
-    from the run's seed, the same for every image. Raises InputError."""
+def open_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Task, dict]:
+    """The checkpoint's model, its task, its state. Raises InputError."""
     path = args.checkpoint
     state = load_checkpoint(Path(path))
     overrides = {"task": args.task} if args.task else {}
@@ -49,7 +51,6 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[Callable, Task, list[str]
     config, task = configure((path, flatten(state["config"], path)), ("predict.py", overrides))
     if args.passes:  # after the check: what makes no sense in training may be asked of a trained model
         config["rollout"]["num_mc_samples"] = args.passes
-    device = pick_device("auto")
     model = build_model(task, len(state["classes"]), device)
     try:
         model.load_state_dict(state["model"])
@@ -57,7 +58,16 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[Callable, Task, list[str]
         raise InputError(f"{path}: its weights do not fit its config; take another checkpoint of the run") from None
     if not all(p.isfinite().all() for p in model.parameters()):
         raise InputError(f"{path}: its weights hold NaN or infinity; take another checkpoint of the run")
-    network = task.network(model)
+    return model, task, state
+
+
+def open_checkpoint(args: argparse.Namespace) -> tuple[Callable, Task, list[str], str]:
+    """The checkpoint's network as a function of at most --batch-size uint8 images [B, 3, H, W]: outputs [B, T, …] of T
+    passes, or [B, …] of the deterministic network; its task; its classes; its digest. The passes are T functions, drawn
+    from the run's seed, the same for every image. Raises InputError."""
+    device = pick_device("auto")
+    model, task, state = open_model(args, device)
+    network, config = task.network(model), task.config
     with keyed_rng(config["training"]["seed"], "predict"):
         masks = model.sample_masks(1, config["rollout"]["num_mc_samples"])  # name -> [1, T, 1, width]
     masks = {name: mask.expand(args.batch_size, -1, -1, -1) for name, mask in masks.items()}
@@ -113,7 +123,8 @@ def find_files(arguments: list[str]) -> list[tuple[str, str]]:
 
 def complain(*errors: Exception | str) -> None:
     for error in errors:
-        print(f"predict.py: {printable(str(error))}", file=sys.stderr, flush=True)
+        text = str(error) if isinstance(error, InputError) else printable(str(error))
+        print(f"predict.py: {text}", file=sys.stderr, flush=True)
 
 
 def open_picture(path: str) -> Image.Image:
@@ -135,11 +146,14 @@ def about(args: argparse.Namespace, task: Task, classes: list[str]) -> dict:
 def decode_files(files: list[tuple[str, str]], image_size: int) -> Iterator[tuple[str, str, Tensor]]:
     """The files in order, each with its image, uint8 [3, image_size, image_size]; of one that cannot be decoded there
     is a line on stderr instead."""
+    told = set()
     for path, name in files:
         try:
             yield path, name, decode_image(path, image_size)
         except InputError as error:
-            complain(error)
+            if path not in told:
+                complain(error)
+            told.add(path)
 
 
 def predict(args: argparse.Namespace) -> int:
@@ -168,17 +182,23 @@ def predict(args: argparse.Namespace) -> int:
             else:
                 uncertainties = f"{record['predictive_entropy']:7.4f}  {record['mutual_information']:18.4f}"
                 print(f"{printable(path):<{width}}  {uncertainties}  {printable(task.in_words(record))}")
+    if not decoded:
+        complain(f"none of the {len(files)} images can be decoded")
     if args.json:
         print(json.dumps(about(args, task, classes) | {"images": records}, indent=1))
     return 0 if decoded == len(files) else 2
 
 
-def batches_of(args: argparse.Namespace, task: Task, dataset: ImageDataset) -> Iterator[TensorMiniBatch]:
-    """The folder's images that can be decoded, --batch-size at a time."""
+def batches_of(
+    args: argparse.Namespace, task: Task, dataset: ImageDataset, bad_images: BadImages
+) -> Iterator[TensorMiniBatch]:
+    """The folder's images that can be decoded, --batch-size at a time. Raises InputError where none can."""
     data = task.config["data"]
     on_bad = "drop" if data["on_bad_image"] == "skip" else "error"
-    loading = Loading(data["num_workers"], on_bad=on_bad, report=lambda bad: complain(*bad.values()))
-    return filter(len, ordered_batches(dataset, args.batch_size, loading))
+    loading = Loading(data["num_workers"], on_bad=on_bad, report=bad_images)
+    yield from filter(len, ordered_batches(dataset, args.batch_size, loading))
+    if len(bad_images.seen) == len(dataset):
+        raise InputError(f"{dataset.root}: none of its {len(dataset)} images can be decoded")
 
 
 def fit(args: argparse.Namespace) -> int:
@@ -189,8 +209,8 @@ def fit(args: argparse.Namespace) -> int:
     boxes, score = hasattr(task, "thresholds"), None
     if not boxes:
         score = score_of(rewards)
-    evaluation, rows = task.evaluation(dataset), []
-    for batch in batches_of(args, task, dataset):
+    evaluation, rows, bad_images = task.evaluation(dataset), [], BadImages(len(dataset), complain)
+    for batch in batches_of(args, task, dataset, bad_images):
         outputs_mc = network(batch.inputs)
         if boxes:
             evaluation.add(batch, network(batch.inputs, passes=False), outputs_mc)
@@ -210,19 +230,20 @@ def fit(args: argparse.Namespace) -> int:
     decision.save(path)
     name = "F1, mean over the classes" if boxes else ", ".join(rewards)
     told = f": {name} {decision.score[0]:.4f} before, {decision.score[1]:.4f} by the fit" if decision.score else ""
-    print(f"{args.fit}: {len(dataset)} images{told}; --decide reward takes {path}")
+    print(f"{args.fit}: {bad_images.left(dataset)}{told}; --decide reward takes {path}")
     return 0
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Metrics of a folder in the task's format; returns the exit status."""
+    """Metrics of a folder in the task's format; returns the exit status, 2 where images had to be left out."""
     if args.out:
         load_pyplot()  # raises now, not after an hour, where matplotlib is missing
     network, task, classes, checkpoint = open_checkpoint(args)
     rewards, decider = open_decision(args, task, checkpoint)
     dataset = task.open(args.evaluate, classes)
     evaluation, judge = task.evaluation(dataset), RewardEvaluation(task, rewards, decider)
-    for batch in batches_of(args, task, dataset):
+    bad_images = BadImages(len(dataset), complain)
+    for batch in batches_of(args, task, dataset, bad_images):
         outputs, outputs_mc = network(batch.inputs, passes=False), network(batch.inputs)
         batch = batch.to(outputs.device)
         evaluation.add(batch, outputs, outputs_mc)
@@ -233,11 +254,26 @@ def evaluate(args: argparse.Namespace) -> int:
             picture.save(args.out / f"{name}.png")
     if args.json:
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        result = {"num_images": len(dataset), "figures": finite} | evaluation.details()  # earlier versions' names
+        result = {
+            "num_images": len(dataset) - len(bad_images.seen),
+            "figures": finite,
+        } | evaluation.details()  # earlier versions' names
         print(json.dumps(about(args, task, classes) | result, indent=1))
     else:
-        print(f"{args.evaluate}: {len(dataset)} images, T = {task.config['rollout']['num_mc_samples']}")
+        print(f"{args.evaluate}: {bad_images.left(dataset)}, T = {task.config['rollout']['num_mc_samples']}")
         print(metrics_line(metrics), *evaluation.lines(), sep="\n")
+    return 2 if bad_images.seen else 0
+
+
+def export(args: argparse.Namespace) -> int:
+    """Writes the model as a file that needs nothing of this repo; returns the exit status."""
+    model, task, state = open_model(args, torch.device("cpu"))
+    about = export_model(model, task, state["classes"], args.export)
+    if args.json:
+        print(json.dumps(about))
+    else:
+        outputs = ", ".join(f"{name} {['B', *shape]}".replace("'", "") for name, shape in about["outputs"].items())
+        print(f"{args.export}: uint8 images [B, 3, {about['height']}, {about['width']}] -> {outputs}")
     return 0
 
 
@@ -246,18 +282,24 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", metavar="ckpt/<run>", help="a run (its last.pt), or a file in it")
+    parser.add_argument(
+        "checkpoint", type=expanduser, metavar="ckpt/<run>", help="a run (its last.pt), or a file in it"
+    )
     parser.add_argument("images", nargs="*", help="image files, and folders that are searched at any depth")
-    parser.add_argument("--evaluate", metavar="DIR", help="metrics of a folder in the format of the task's data")
+    parser.add_argument(
+        "--evaluate", type=expanduser, metavar="DIR", help="metrics of a folder in the format of the task's data"
+    )
     parser.add_argument(
         "--decide", choices=("argmax", "reward"), default="argmax", help="reward: the highest expected reward"
     )
-    parser.add_argument("--fit", metavar="DIR", help="fit what --decide reward needs on a hold-out folder")
+    fitted = "fit what --decide reward needs on a hold-out folder"
+    parser.add_argument("--fit", type=expanduser, metavar="DIR", help=fitted)
     parser.add_argument("--reward", metavar="NAME", help="decide by another reward than the run's")
     parser.add_argument("--task", metavar="FILE", help="the task's file, where the checkpoint's has moved")
     parser.add_argument("--passes", type=int, metavar="T", help="dropout passes per image (those of the training)")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of the table")
     parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder for pictures, masks, charts")
+    parser.add_argument("--export", type=Path, metavar="FILE", help="write the model as a .pt2 file (docs/deploy.md)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="B", help="images at a time (16)")
     args = parser.parse_intermixed_args(argv)
     try:
@@ -270,11 +312,24 @@ def main(argv: list[str] | None = None) -> int:
                 raise InputError(f"{other}: {option} takes its images from {folder} alone; drop one")
         if args.out and args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
             raise InputError(f"{args.out} exists: nothing is overwritten; name a new folder with --out")
+        if args.export and (args.evaluate or args.fit or args.images or args.out):
+            raise InputError(
+                f"--export {args.export}: it writes the model and predicts nothing; drop the images or folder"
+            )
+        if args.export and (args.export.suffix != ".pt2" or args.export.exists()):
+            raise InputError(f"--export {args.export}: nothing is overwritten; name a new file that ends in .pt2")
+        if args.export:
+            return export(args)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
         return fit(args) if args.fit else evaluate(args) if args.evaluate else predict(args)
     except (InputError, OSError) as error:
         complain(error)
+        return 2
+    except RuntimeError as error:
+        if not (died := worker_death(error)):
+            raise
+        complain(died)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

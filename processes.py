@@ -100,6 +100,14 @@ def from_rank_zero(function: Callable[[], Any], group: dist.ProcessGroup | None)
     return answer[0]
 
 
+def gather_everywhere(value: Any, group: dist.ProcessGroup | None) -> list:
+    """The values of all processes, on each of them."""
+    values = [value] * rank_and_world()[1]
+    if group:
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def same_everywhere(value: Any, group: dist.ProcessGroup | None) -> bool:
     """Whether this process has the value that rank 0 has."""
     return from_rank_zero(lambda: value, group) == value

@@ -3,8 +3,10 @@
 import math
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,8 @@ class Console:
 
 class Log:
     """TensorBoard's events of a run. Of several processes rank 0 writes, the others are mute. The file is made by the
-    first thing written, after the first step, and of a new run it begins with the config."""
+    first thing written, after the first step, and of a new run it begins with the config. What writes raises InputError
+    where the disk does not take it."""
 
     def __init__(self, directory: Path, first_step: int, config: dict):
         self.directory, self.first_step, self.config, self.writer = directory, first_step, config, None
@@ -55,11 +58,14 @@ class Log:
         """kind: `scalar`, `text`, `histogram` or `image`. A value that takes work is a function, called if needed."""
         if self.mute:
             return
-        if not self.writer:
-            self.writer = SummaryWriter(self.directory, purge_step=self.first_step)
-            if self.first_step == 1:
-                self.writer.add_text("config", f"```\n{yaml.safe_dump(self.config, sort_keys=False)}```", 1)
-        getattr(self.writer, f"add_{kind}")(name, value() if callable(value) else value, step)
+        value = value() if callable(value) else value
+        with self.explained():
+            if not self.writer:
+                threading.excepthook = quiet_writer(threading.excepthook)
+                self.writer = SummaryWriter(self.directory, purge_step=self.first_step)
+                if self.first_step == 1:
+                    self.writer.add_text("config", f"```\n{yaml.safe_dump(self.config, sort_keys=False)}```", 1)
+            getattr(self.writer, f"add_{kind}")(name, value, step)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -67,11 +73,33 @@ class Log:
 
     def flush(self) -> None:
         if self.writer:
-            self.writer.flush()
+            with self.explained():
+                self.writer.flush()
 
     def close(self) -> None:
         if self.writer:
-            self.writer.close()
+            with self.explained():
+                self.writer.close()
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"{self.directory}: TensorBoard's events cannot be written ({error.strerror or error}); make room, and "
+                "--resume goes on from the last checkpoint"
+            ) from None
+
+
+def quiet_writer(hook: Callable) -> Callable:
+    """`threading.excepthook` without the traceback of TensorBoard's writing thread: `Log` says it in a line."""
+
+    def quiet(args: threading.ExceptHookArgs) -> None:
+        if not (issubclass(args.exc_type, OSError) and "Writer" in type(args.thread).__name__):
+            hook(args)
+
+    return quiet
 
 
 class Clock:

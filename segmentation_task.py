@@ -4,87 +4,45 @@ H, W: height and width of image and mask; K: classes. An action is a whole mask,
 """
 
 import math
-import os
-from pathlib import Path
+import re
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.distributions import Categorical
 from torch.utils.data import Dataset
 
-from data_types import Credit, InputError, TensorMiniBatch
+from config import Key, one_of
+from data_types import Credit, TensorMiniBatch
 from evaluation import DenseEvaluation, confusion_matrix, draw_confusion, predictive_entropy, to_picture, to_tensor
-from images import ImageDataset, decode_image, draw_mirrored, find_images, mirror, upright_size
+from folders import upright_size
+from images import ImageDataset, decode_image, draw_mirrored, mirror
+from mask_files import IGNORED, MaskClasses, check_sizes, decode_mask, find_pairs
 from vision_task import Task
 
-IGNORED = 255
-
-
-def by_stem(folder: str) -> dict[str, str]:
-    """Path below `folder` without its suffix -> image file. Raises InputError for two files of one stem."""
-    found: dict[str, str] = {}
-    for path in find_images(folder):
-        stem = os.path.splitext(os.path.relpath(path, folder))[0]
-        if stem in found:
-            raise InputError(f"{path}: {found[stem]} has the same stem; remove one of them")
-        found[stem] = path
-    return found
-
-
-def decode_mask(path: str, size: tuple[int, int], image_size: int, num_classes: int) -> Tensor:
-    """The mask file as uint8 [image_size, image_size] of class ids and 255, resized by nearest neighbour. size: width
-    and height it must have. Raises InputError with one line that names the file."""
-    try:
-        with Image.open(path) as mask:
-            mask.load()
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path}: not a readable mask ({reason}); repair or remove it") from error
-    if mask.mode not in ("L", "P", "1"):
-        raise InputError(f"{path}: a mask should be an 8-bit single-channel or palette PNG, not {mask.mode}")
-    if mask.size != size:
-        raise InputError(f"{path}: the mask has {mask.size[0]}x{mask.size[1]} pixels, its image {size[0]}x{size[1]}")
-    values = np.asarray(mask, dtype=np.uint8)  # of a palette the index, not the colour
-    unknown = values[(values >= num_classes) & (values != IGNORED)]
-    if len(unknown):
-        which = f"pixel value {unknown.min()}, but the classes are 0 to {num_classes - 1}"
-        raise InputError(f"{path}: {which} ({IGNORED} is ignored)")
-    resized = Image.fromarray(values).resize((image_size, image_size), Image.Resampling.NEAREST)
-    return torch.from_numpy(np.array(resized))
+COLOURS = {"rule": "rrggbb rrggbb …", "valid": re.compile(r"[0-9a-fA-F]{6}( [0-9a-fA-F]{6}){1,253}").fullmatch}
 
 
 class SegmentationDataset(ImageDataset):
-    """A folder of `images/` and `masks/` with the same stems; a mask's pixel value is the class, 255 is ignored.
+    """A folder of `images/` and `masks/` with the same stems; `mask_files.py` has what a mask may be.
 
-    classes: the class names in order of the pixel value; None reads them from `classes.txt`, one a line, or numbers
-    them 0 … num_classes - 1 where there is no such file. Item i is uint8 [4, image_size, image_size]: the image and, as
-    its fourth channel, the mask. Raises InputError for a missing folder, image or mask and for unknown classes.
+    classes, and further options: see `mask_files.MaskClasses`. Item i is uint8 [4, image_size, image_size]: the image
+    and, as its fourth channel, the mask. Raises InputError for images and masks that do not fit each other, and for
+    masks that do not fit the classes.
     """
 
     channels = 4  # the mask is the fourth
 
-    def __init__(self, root: str, image_size: int, classes: list[str] | None = None, num_classes: int | None = None):
-        for folder in ("images", "masks"):
-            if not os.path.isdir(os.path.join(root, folder)):
-                raise InputError(f"{root}: no folder {folder}; it should hold images/ and masks/ with the same stems")
-        images, masks = by_stem(os.path.join(root, "images")), by_stem(os.path.join(root, "masks"))
-        if not images:
-            raise InputError(f"{os.path.join(root, 'images')}: no images")
-        for stem in sorted(images.keys() ^ masks.keys()):
-            if stem in images:
-                raise InputError(f"{images[stem]}: it has no mask {os.path.join(root, 'masks', stem)}.png")
-            raise InputError(f"{masks[stem]}: a mask without an image in {os.path.join(root, 'images')}")
+    def __init__(self, root: str, image_size: int, classes: list[str] | None = None, skip: bool = False, **options):
         self.root, self.image_size = root, image_size
-        self.paths = list(images.values())
-        self.mask_paths = [masks[stem] for stem in images]
-        self.classes = list(classes) if classes else read_classes(root, num_classes)
+        self.paths, self.mask_paths, notes = find_pairs(root)
+        check_sizes(self.paths, self.mask_paths, skip)
+        self.masks = MaskClasses(root, self.mask_paths, classes, skip=skip, **options)
+        self.classes, self.notes = self.masks.classes, (*notes, *self.masks.notes)
 
     def __getitem__(self, index: int) -> Tensor:
         image = decode_image(self.paths[index], self.image_size)
-        size = upright_size(self.paths[index])
-        mask = decode_mask(self.mask_paths[index], size, self.image_size, len(self.classes))
+        mask = decode_mask(self.mask_paths[index], self.image_size, self.masks.ids, self.masks.colours)
         return torch.cat([image, mask[None]])
 
     def batch(self, indices: Tensor, items: Tensor) -> TensorMiniBatch:
@@ -92,24 +50,6 @@ class SegmentationDataset(ImageDataset):
         counted = items[:, 3] != IGNORED
         targets = torch.where(counted, items[:, 3], 0).long()
         return TensorMiniBatch(items[:, :3], targets, self.metadata(indices), counted)
-
-
-def read_classes(root: str, num_classes: int | None) -> list[str]:
-    """The lines of root/classes.txt, or the numbers of `num_classes` classes. Raises InputError."""
-    path = Path(root, "classes.txt")
-    if not path.exists() and num_classes is None:
-        raise InputError(f"{path}: no such file; name the masks' classes in it, one a line, or set model.num_classes")
-    if not path.exists():
-        return [str(i) for i in range(num_classes)]
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({error}); it should name the classes, one a line, in UTF-8"
-        ) from None
-    if not 2 <= len(names) < IGNORED or len(set(names)) < len(names):
-        raise InputError(f"{path}: it should name 2 to {IGNORED - 1} different classes, one a line; found {len(names)}")
-    return names
 
 
 def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
@@ -255,13 +195,29 @@ class MaskEvaluation(DenseEvaluation):
 class Segmentation(Task):
     """A class for each pixel: each patch token gives the class logits of its patch_size² pixels."""
 
+    keys = {
+        "segmentation.value_255": Key(
+            "auto",
+            str,
+            "what 255 in a mask is; auto: the foreground of two classes if the masks hold only 0 and 255",
+            **one_of("auto", "ignored", "foreground"),
+        ),
+        "segmentation.colours": Key(
+            None, str, "colours of the classes in order, then of what is ignored; null: those in classes.txt", **COLOURS
+        ),
+    }
     rewards = {"mask_iou_credit": mask_iou_credit, "mask_iou_reward": mask_iou_reward, "pixel_reward": pixel_reward}
     best = "eval/mean_iou"
     dense = True
 
     def open(self, root: str, classes: list[str] | None = None) -> SegmentationDataset:
-        model = self.config["model"]
-        return SegmentationDataset(root, model["image_size"], classes, model["num_classes"])
+        """The training folder decides what masks mean; the config keeps that for the others and in the checkpoint."""
+        model, own = self.config["model"], self.config["segmentation"]
+        skip = self.config["data"]["on_bad_image"] == "skip"
+        dataset = SegmentationDataset(root, model["image_size"], classes, skip, num_classes=model["num_classes"], **own)
+        if classes is None:
+            own |= {"value_255": dataset.masks.value_255, "colours": dataset.masks.colours}
+        return dataset
 
     def head_size(self, num_classes: int) -> int:
         return self.config["model"]["patch_size"] ** 2 * num_classes

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from functools import partial
+from os.path import expanduser
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from config import describe_keys, one_line
 from data_types import InputError
 from evaluation import evaluate, metrics_line
 from grpo import rollout, size_of, update_policy
-from images import BadImages, Loading, epoch_order, fingerprint, micro_batches, stream_batches
+from images import BadImages, Loading, epoch_order, fingerprint, micro_batches, stream_batches, worker_death
 from report import Clock, Console, Log, count_dead_steps, log_interval, read_rows
 from scores import open_scores
 
@@ -41,14 +42,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"keys, with their defaults:\n{describe_keys(build.schema_of())}",
     )
-    parser.add_argument("--config", default="config.yaml", metavar="FILE", help="the run's YAML file (config.yaml)")
+    parser.add_argument(
+        "--config", type=expanduser, default="config.yaml", metavar="FILE", help="the run's YAML file (config.yaml)"
+    )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--resume",
+        type=expanduser,
         metavar="DIR|auto",
         help="go on with the run of ckpt/<run> and its config; auto: this config's run, if it exists",
     )
-    mode.add_argument("--evaluate", metavar="DIR", help="print the metrics of ckpt/<run> (last.pt), or of a file in it")
+    mode.add_argument(
+        "--evaluate",
+        type=expanduser,
+        metavar="DIR",
+        help="print the metrics of ckpt/<run> (last.pt), or of a file in it",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override keys of the config")
     return parser.parse_intermixed_args(argv)
 
@@ -56,7 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def train(args: argparse.Namespace) -> int:
     """Returns the exit status: 0, or 128 + the number of the signal that stopped the run."""
     console = Console()
-    task, run_dir, state = build.open_run(args)
+    task, run_dir, state = build.open_run(args, console)
     data, _, training = build.sections(task.config)
     rewards, roll = build.load_rewards(task), build.rollout_settings(task.config)
     judge = build.open_judge(task, build.load_eval_rewards(task, rewards))
@@ -65,8 +74,8 @@ def train(args: argparse.Namespace) -> int:
 
     # Data and model. Each process checks them for itself; only then do the processes meet.
     train_set, eval_set, cache = build.open_data(task, state, console)
-    model, reference = build.open_model(task, len(train_set.classes), state, console)
-    network, reference_network = task.network(model), task.network(reference) if reference else None
+    model, reference = build.open_model(task, train_set.classes, state, console)
+    network, reference_network = build.open_networks(task, model, reference, (train_set, eval_set), console)
     device = next(model.parameters()).device
     control = processes.connect(device)
 
@@ -106,6 +115,7 @@ def train(args: argparse.Namespace) -> int:
     mirror = task.mirror if data.augment else None
 
     # Train: rollout -> reward -> update -> log -> evaluate -> save.
+    build.check_writable(training)
     stop, clock = processes.catch_signals(), Clock()
     log = Log(Path(training.log_dir, training.run_name), progress.step + 1, task.config)
     for step in range(progress.step, training.steps):
@@ -134,6 +144,7 @@ def train(args: argparse.Namespace) -> int:
         if not (log_due or eval_due or save_due):
             continue
 
+        bad_images.share(control)
         is_best = ended = False
         values = read_rows(progress.rows, done - len(progress.rows) + 1, task.config)
         if log_due:
@@ -175,13 +186,14 @@ def train(args: argparse.Namespace) -> int:
 def evaluate_run(args: argparse.Namespace) -> int:
     """--evaluate: the metrics of a checkpoint on data.eval_dir; returns the exit status."""
     console = Console()
-    task, _, state = build.open_run(args)
+    task, _, state = build.open_run(args, console)
     if not task.config["data"]["eval_dir"]:
         raise InputError("data.eval_dir: null; --evaluate needs a folder of images")
     eval_set = build.open_eval_set(task, state["classes"], console)
-    model, _ = build.open_model(task, len(eval_set.classes), state, console)
+    model, _ = build.open_model(task, eval_set.classes, state, console)
     control = processes.connect(next(model.parameters()).device)
-    batches = build.open_eval_batches(eval_set, task, BadImages(len(eval_set), console.line), keep=False)
+    bad_images = BadImages(len(eval_set), console.line)
+    batches = build.open_eval_batches(eval_set, task, bad_images, keep=False)
     try:
         rewards = build.load_eval_rewards(task, build.load_rewards(task))
     except InputError as error:  # their file is gone, say
@@ -189,9 +201,10 @@ def evaluate_run(args: argparse.Namespace) -> int:
         task.config["training"]["decide"], rewards = "argmax", {}
     judge = build.open_judge(task, rewards, state)()
     evaluation = evaluate(task, task.network(model), batches, eval_set, control, judge)
-    metrics = processes.from_rank_zero(lambda: evaluation.metrics() | judge.metrics(), control)
-    console.line(f"step {state['step']}: {metrics_line(metrics)}")
-    return 0
+    bad_images.share(control)
+    metrics = metrics_line(processes.from_rank_zero(lambda: evaluation.metrics() | judge.metrics(), control))
+    console.line(f"step {state['step']}: {metrics}" + f" ({bad_images.left(eval_set)})" * bool(bad_images.seen))
+    return 2 if bad_images.seen else 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -216,6 +229,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     except RuntimeError as error:
+        if died := worker_death(error):  # DataLoader may complain at any moment
+            print(f"train.py: {died}", file=sys.stderr)
+            return 2
         if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
             raise
         print(f"train.py: another process is gone, or out of reach ({one_line(error)[:160]})", file=sys.stderr)

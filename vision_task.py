@@ -1,6 +1,6 @@
 """What a task is, written down once (`Task`), and the first of them: classification of an image folder."""
 
-import os
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +20,9 @@ from evaluation import (
     mutual_information,
     predictive_entropy,
 )
+from folders import SUFFIXES, class_notes, find_classes, find_images, not_read_note, same_name
 from grpo import Reward, classification_policy_adapter, nll
-from images import SUFFIXES, ImageDataset, Prepared, draw_mirrored, find_images, mirror
+from images import ImageDataset, Prepared, draw_mirrored, mirror
 
 
 class Task:
@@ -72,6 +73,10 @@ class Task:
         """What T passes [T, …] say of an image file, each element by itself: choices [E…]. The most probable ones;
         `predict.py --decide reward` puts those of the highest expected reward in its place."""
         return self.probabilities(outputs).mean(0).argmax(-1)
+
+    def deployed(self, outputs: Tensor) -> dict[str, Tensor]:
+        """What an exported model returns: arranged outputs [B, …] -> name -> [B, …]."""
+        return {"probabilities": self.probabilities(outputs)}
 
     def supervised_loss(self, policy: Distribution, targets: Tensor) -> Tensor:
         """What `training.objective: supervised` minimises: targets [B, T, 1, E…] -> a loss of each, the same shape."""
@@ -136,35 +141,31 @@ class Task:
 class VisionClassificationDataset(ImageDataset):
     """An image folder: one subdirectory per class, images at any depth inside.
 
-    root: the folder. classes: the class names whose order gives the ids; None takes the sorted subdirectories of
-    `root` (of the training folder, that is; an evaluation folder is given the training folder's).
+    root: the folder. classes: the class names whose order gives the ids; None takes the subdirectories of `root` (of
+    the training folder, that is; an evaluation folder is given the training folder's), numbers in them by their value.
     Item i is the decoded image, uint8 [3, image_size, image_size]. `targets` is [n] int64, `paths` the n file names.
     Raises InputError where there is no folder, no class, no image in a class, or a class not in `classes`.
     """
 
     def __init__(self, root: str, image_size: int, classes: list[str] | None = None):
-        if not os.path.isdir(root):
-            raise InputError(f"{root}: no such folder; it should hold one subdirectory of images per class")
-        names = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
-        if not names:
-            raise InputError(f"{root}: no subdirectories; it should hold one subdirectory of images per class")
-        unknown = sorted(set(names) - set(names if classes is None else classes))
-        if unknown:
-            raise InputError(f"{root}: classes unknown in the training folder: {', '.join(unknown)}")
-        self.root = root
-        self.image_size = image_size
-        self.classes = names if classes is None else list(classes)
+        folders, not_read = find_classes(root, classes), Counter()
+        self.root, self.image_size = root, image_size
+        self.classes = list(folders) if classes is None else list(classes)
+        ids = {same_name(name): i for i, name in enumerate(self.classes)}
         self.paths: list[str] = []
         targets = []
-        for name in names:
-            paths = find_images(os.path.join(root, name))
+        for name in sorted(folders, key=ids.get):
+            folder = folders[name]
+            paths = find_images(folder, not_read)
             if not paths and classes is None:
-                raise InputError(f"{os.path.join(root, name)}: no images ({' '.join(SUFFIXES)}); add some or remove it")
+                found = f", but {'; '.join(not_read_note(not_read))}" if not_read else f" ({' '.join(SUFFIXES)})"
+                raise InputError(f"{folder}: no images{found}; add some or remove it")
             self.paths += paths
-            targets += [self.classes.index(name)] * len(paths)
+            targets += [ids[name]] * len(paths)
         if not self.paths:
             raise InputError(f"{root}: no images ({' '.join(SUFFIXES)}) in its subdirectories")
         self.targets = torch.tensor(targets)
+        self.notes = (*not_read_note(not_read), *class_notes(root, folders))
 
 
 def classification_reward(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict) -> Tensor:

@@ -2,11 +2,13 @@
 
     uv run tests/kill_runs.py                        # 30 kills of one process, 10 of one of two ranks; some minutes
     uv run tests/kill_runs.py --kills 3 --rank-kills 1
+    uv run tests/kill_runs.py --frozen --kills 100 --rank-kills 0   # the tokens of frozen blocks kept in a file
 
 One process: SIGKILL at random moments of a run on the digits, every third in the middle of a checkpoint's write, and
-`--resume auto` after each. After every kill each file under a final name has to be readable, and the run has to end in
-the same bits as one that nobody disturbed. Two ranks under `torchrun --max-restarts`: the run has to end, having gone
-back no further than to the last checkpoint. Exit status 0 if all of that holds.
+`--resume auto` after each. After every kill each file under a final name has to be readable, nothing of kept tokens may
+be left on the disk, and the run has to end in the same bits as one that nobody disturbed. Two ranks under
+`torchrun --max-restarts`: the run has to end, having gone back no further than to the last checkpoint. Exit status 0 if
+all of that holds.
 """
 
 import argparse
@@ -27,12 +29,22 @@ sys.path.insert(0, str(ROOT))
 
 from checkpoint import load_checkpoint, read_file  # noqa: E402
 
+FROZEN: list[str] = []  # keys of --frozen
+
 
 def command(folder: Path, name: str, steps: int, *more: str) -> list[str]:
     keys = [f"training.steps={steps}", f"training.run_name={name}", "training.save_interval=10"]
     keys += [f"training.ckpt_dir={folder}/ckpt", f"training.log_dir={folder}/logs", "training.eval_interval=50"]
     keys += ["training.device=cpu", "data.num_workers=1", "training.keep_checkpoints=2", "training.batch_size=32"]
-    return ["train.py", "--config", "config_digits.yaml", *more, *keys]
+    return [
+        "train.py",
+        "--config",
+        "config_digits.yaml",
+        *more,
+        *keys,
+        *FROZEN,
+        f"data.token_cache_dir={folder}/tokens",
+    ]
 
 
 def start(arguments: list[str], *launcher: str, stdout=subprocess.PIPE) -> subprocess.Popen:
@@ -56,6 +68,7 @@ def check_files(run: Path) -> int:
     """Every file under a final name can be read; returns the step of last.pt, 0 without one."""
     for path in run.glob("*.pt"):
         read_file(path)
+    assert not list(run.parents[1].glob("tokens/*")), "a file of tokens is left"
     return load_checkpoint(run)["step"] if (run / "last.pt").exists() else 0
 
 
@@ -148,7 +161,11 @@ def main() -> int:
     parser.add_argument("--rank-kills", type=int, default=10)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--frozen", action="store_true", help="freeze all blocks but the last, keep their tokens on disk"
+    )
     args = parser.parse_args()
+    FROZEN.extend(["training.freeze_blocks=3", "data.cache_limit_gb=0"] if args.frozen else [])
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         if args.kills:

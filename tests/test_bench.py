@@ -82,6 +82,28 @@ def test_figures_at_tiny_size(path):
     assert [row.at_most for row in rows] == [1.1, 0.6, 1.1, 0.05, None, None] and rows[4].at_least == 0.5
 
 
+def test_the_three_steps_of_a_frozen_trunk_do_the_same(path, monkeypatch):
+    """With tokens computed, kept and given: the same loss, and the trunk runs in the first alone."""
+    tiny = {f"model.{name}": value for name, value in (SIZES | {"depth": 12}).items()}
+    monkeypatch.setattr(bench, "VIT_S", tiny | {"rollout.num_mc_samples": 2})
+    losses, step = [], bench.grpo_step
+
+    def looked_at(s, *arguments, **options):
+        calls = []
+        hook = s.model.patch_embed.register_forward_hook(lambda *_: calls.append(1))
+        losses.append((float(step(s, *arguments, **options)["loss"]), len(calls)))
+        hook.remove()
+        return {}
+
+    monkeypatch.setattr(bench, "grpo_step", looked_at)
+    rows = list(bench.frozen_trunk(path, None, 0))
+    assert [len(row.values) for row in rows] == [3] * 8 and [row.at_least for row in rows[2::4]] == [8.0, 25.0]
+    for part in (losses[:20], losses[20:]):
+        assert len({loss for loss, _ in part}) == 1
+        computed = [calls for _, calls in part]
+        assert computed[::2][:5] == [1] * 5 and not any(computed[1::2][1:] + computed[10:])
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 def test_memory_of_a_fresh_process(path, capfd):
     assert bench.main(["--config", path, "--threads", "1", "--memory", "replay", "32"]) == 0
@@ -145,3 +167,10 @@ def test_the_plain_step_of_masks_and_boxes_is_the_supervised_one(tmp_path, task)
     for grad, p in zip(plain, setup.model.parameters()):
         torch.testing.assert_close(grad, p.grad, rtol=1e-4, atol=1e-6)
     assert len(bench.step_over_plain(path, keys, "tiny", 1.25, 0.0).values) == 3
+
+
+def test_opening_boxes_is_measured_beside_their_headers(capsys):
+    """Three pairs of both at least."""
+    row = bench.scan_boxes(40, budget=0, per_image=30)
+    assert len(row.values) == 3 and row.at_most == 1.5
+    assert "opening 40 images with 30 boxes each" in row.figure and capsys.readouterr().out.endswith("their sizes\n")

@@ -11,9 +11,10 @@ import build
 from config import flatten
 from grpo import RolloutSettings
 from vision_task import Task, classification_reward
+from vit_model import VisionTransformer
 
 CPU = torch.device("cpu")
-EMBEDDING = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+EMBEDDING = {"cls_token", "reg_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
 REWARDS = """
 from __future__ import annotations
 from dataclasses import dataclass
@@ -191,6 +192,80 @@ def test_device_and_precision(monkeypatch):
         assert build.build_model(make_task(training__dtype=dtype), 3, CPU).autocast_dtype == expected
 
 
+# --- Sizes of a checkpoint --------------------------------------------------------------------------------------------
+
+VIT = {"image_size": 28, "patch_size": 14, "embed_dim": 128, "depth": 2, "num_heads": 2, "mlp_ratio": 1.0}
+TOLD = {"patch_size": 14, "embed_dim": 128, "depth": 2, "num_heads": 2, "mlp_ratio": 1.0, "registers": 0}
+TOLD |= {"positions": "learned", "norm_eps": 1e-6}
+
+
+@pytest.fixture
+def weights(tmp_path) -> str:
+    """The state dict of a small ViT of patch 14."""
+    torch.save(VisionTransformer(**VIT).state_dict(), tmp_path / "w.pth")
+    return str(tmp_path / "w.pth")
+
+
+def configured(path: str, keys: dict, **given) -> tuple[dict, list[str]]:
+    """The sizes that a run would have with the config file's keys and those of the command line, and the lines."""
+    file = "a.yaml", {"model.image_size": 28, "model.checkpoint_path": path} | keys
+    overrides = "command line", {f"model.{name}": value for name, value in given.items()}
+    layers, lines = build.layers_of(file, overrides)
+    model = build.configure(*layers)[0]["model"]
+    return {key: model[key] for key in TOLD}, lines
+
+
+def test_the_sizes_are_the_checkpoints(weights):
+    """Nothing else is needed; null is as if left out, the same value does no harm. What a config file says yields, with
+    a line; what was never in the file (num_heads, norm_eps) can be set."""
+    used = "patch_size 14, embed_dim 128, depth 2, num_heads 2{}, mlp_ratio 1.0, registers 0, positions learned, "
+    used += "norm_eps "
+    guessed = f"{weights}: {used.format(' (embed_dim / 64: no tensor tells it)')}1e-06"
+    assert configured(weights, {}) == (TOLD, [guessed])
+    given = {"patch_size": 14, "num_heads": None, "mlp_ratio": "1e0"}
+    assert configured(weights, {"model.depth": None}, **given) == (TOLD, [guessed])
+    shipped = {"model.patch_size": 32, "model.embed_dim": 192, "model.num_heads": 3, "model.depth": 2}
+    yielding = f"a.yaml yields to {weights}: patch_size 32 to 14, embed_dim 192 to 128, num_heads 3 to 2"
+    assert configured(weights, shipped) == (TOLD, [yielding, guessed])
+    line = [f"{weights}: {used.format('').replace('heads 2', 'heads 4')}0.001"]
+    assert configured(weights, {}, num_heads=4, norm_eps="1e-3") == (TOLD | {"num_heads": 4, "norm_eps": 1e-3}, line)
+    kept = {"model.num_heads": 4, "model.embed_dim": 128, "model.norm_eps": 1e-3}
+    assert configured(weights, kept) == (TOLD | {"num_heads": 4, "norm_eps": 1e-3}, line)
+
+
+def test_another_size_on_the_command_line_is_refused(weights, tmp_path):
+    """The line names both values; a width that no head of 64 divides asks for num_heads; without a checkpoint the
+    config is as it is."""
+    for given, told in (({"patch_size": 16}, "14"), ({"mlp_ratio": 2}, "1.0"), ({"positions": "rotary"}, "learned")):
+        (key, value), *_ = given.items()
+        shown = float(value) if key == "mlp_ratio" else value
+        text = message(configured, weights, {}, **given)
+        assert text == f"command line: model.{key}={shown}, but {weights} has {told}; leave it out"
+    assert message(configured, weights, {}, depth="two").startswith("model.depth: 'two' is not allowed")
+    torch.save(VisionTransformer(**VIT | {"embed_dim": 48}).state_dict(), tmp_path / "narrow.pth")
+    text = message(configured, str(tmp_path / "narrow.pth"), {})
+    assert text.endswith("no tensor tells model.num_heads, and embed_dim 48 is no multiple of 64; set it")
+    assert configured(str(tmp_path / "narrow.pth"), {}, num_heads=3)[0]["num_heads"] == 3
+    assert message(configured, str(tmp_path / "none.pth"), {}).endswith("none.pth: no such file")
+    assert configured(None, {"model.patch_size": 7})[0]["patch_size"] == 7
+
+
+def test_a_checkpoint_of_this_repo_says_everything(tmp_path):
+    """Heads and epsilon too, by its config; another number of heads on the command line is let through, for the warning
+    of `load_weights`. One of before these keys has their defaults."""
+    state = {
+        "step": 1,
+        "model": VisionTransformer(**VIT | {"num_heads": 4}).state_dict(),
+        "optimizer": {},
+        "classes": [],
+    }
+    for section, eps in (({"num_heads": 4}, 1e-6), ({"num_heads": 4, "norm_eps": 1e-5}, 1e-5)):
+        torch.save(state | {"config": {"model": section}}, tmp_path / "last.pt")
+        sizes, _ = configured(str(tmp_path), {"model.num_heads": 2, "model.embed_dim": 128, "model.norm_eps": 1e-3})
+        assert sizes == TOLD | {"num_heads": 4, "norm_eps": eps}
+        assert configured(str(tmp_path), {}, num_heads=8)[0]["num_heads"] == 8
+
+
 # --- Learning rate and parameter groups -------------------------------------------------------------------------------
 
 
@@ -220,11 +295,11 @@ def test_learning_rate_at_the_borders(warmup, steps, rates):
 def test_learning_rate_and_weight_decay_of_each_parameter(decay):
     """Each is there once, with decay^(depth + 1 - layer) of the learning rate; weight matrices alone decay, not biases,
     norms, class token and position embedding."""
-    model = build.build_model(make_task(model__depth=3), 3, CPU)
+    model = build.build_model(make_task(model__depth=3, model__registers=2), 3, CPU)
     optimizer = build.build_optimizer(model, training(weight_decay=0.3, betas=[0.8, 0.9], layer_decay=decay))
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = [(names[p], group) for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(name for name, _ in found) == sorted(names.values()) and len(found) == 4 + 3 * 12 + 4
+    assert sorted(name for name, _ in found) == sorted(names.values()) and len(found) == 5 + 3 * 12 + 4
     for name, group in found:
         block = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 4  # of norm and head
         layer = 0 if name in EMBEDDING else block
@@ -236,7 +311,8 @@ def test_learning_rate_and_weight_decay_of_each_parameter(decay):
 @pytest.mark.parametrize("k", [0, 1, 3])
 def test_frozen_blocks_take_no_gradient(k):
     """They have no place in the optimizer, and nothing is kept for their backward pass."""
-    model, needs_gradient = build.build_model(make_task(training__freeze_blocks=k, model__depth=3), 3, CPU), []
+    task, needs_gradient = make_task(training__freeze_blocks=k, model__depth=3, model__registers=1), []
+    model = build.build_model(task, 3, CPU)
     weights, blocks = dict(model.named_parameters()), tuple(f"blocks.{i}." for i in range(k))
     frozen = {name for name in weights if k and (name in EMBEDDING or name.startswith(blocks))}
     optimizer = build.build_optimizer(model, training())

@@ -284,6 +284,26 @@ def test_other_files_are_no_checkpoints_of_this_repo(tmp_path, content, lacks):
     assert message(load_checkpoint, tmp_path).endswith(f"/last.pt: not a checkpoint of this repo (it has no {lacks})")
 
 
+def test_the_newest_whole_checkpoint_takes_the_place_of_a_damaged_or_missing_one(tmp_path):
+    """It is named; taken where `say` is given (--resume auto), which hears of it. If none is whole,
+    the first complaint stays."""
+    for step in (8, 9, 10):
+        save_checkpoint(state(step), tmp_path, best=False, keep=3)
+    for damage in (lambda path: path.write_bytes(path.read_bytes()[:100]), Path.unlink):
+        damage(tmp_path / "last.pt")  # step_000010.pt by another name, as long as that is there
+        newest = tmp_path / "step_000009.pt" if damage is not Path.unlink else tmp_path / "step_000008.pt"
+        text = message(load_checkpoint, tmp_path)
+        assert text.startswith(f"{tmp_path}/last.pt: ") and text.endswith(
+            f"newest whole one is {newest}, name it instead"
+        )
+        said = []
+        assert same(load_checkpoint(tmp_path, said.append), state(int(newest.stem[5:])))
+        assert len(said) == 1 and said[0].endswith(f"; going on from {newest}, the newest whole one")
+        newest.write_bytes(b"")
+    (tmp_path / "step_000008.pt").unlink()
+    assert message(load_checkpoint, tmp_path, print) == f"{tmp_path}/last.pt: no such file"
+
+
 # --- Going on ---------------------------------------------------------------------------------------------------------
 
 

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from build import configure, schema_of
-from config import SCHEMA, check, convert, describe_keys, flatten, parse_override, read_yaml
+from config import SCHEMA, SIZES, check, convert, describe_keys, flatten, parse_override, read_yaml
 from data_types import InputError
+from train import parse
 
 EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True)
 ALL_KEYS = schema_of()  # those of the three tasks, too
-NULLS = {name for name, key in ALL_KEYS.items() if key.default is None} | {"data.eval_dir"}  # that take null
+NULLS = {name for name, key in ALL_KEYS.items() if key.default is None} | {"data.eval_dir", *SIZES}  # that take null
 
 # --- Defaults and layers ----------------------------------------------------------------------------------------------
 
@@ -35,6 +36,8 @@ def test_later_layers_win_and_what_comes_out_is_a_fixed_point():
     assert [config["training"][key] for key in ("steps", "seed", "batch_size")] == [80, 1, 64]
     assert file["training.steps"] == 70 and config["model"]["dropout"] == 1e-4
     assert check(("checkpoint", flatten(config, "checkpoint"))) == config
+    nulls = check(("a.yaml", file | {"model.depth": 5}), ("command line", dict.fromkeys(SIZES)))["model"]
+    assert nulls == config["model"] | {"depth": 5}  # a size of null is as if left out
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("config*.yaml")), ids=lambda path: path.name)
@@ -56,6 +59,8 @@ def test_shipped_configs_pass(path):
         ("training.learning_rate", 1, 1.0),
         ("training.betas", ["9e-1", 0], [0.9, 0.0]),
         ("training.seed", 2**70, 2**70),
+        ("model.pos_embed_antialias", True, "true"),
+        ("model.pos_embed_antialias", False, "false"),
         ("rollout.reward", "classification_reward", {"classification_reward": 1.0}),
         ("rollout.reward", ["a", "b.py:f"], {"a": 1.0, "b.py:f": 1.0}),
         ("rollout.reward", {"a": 2, "b.py:f": "-5e-1"}, {"a": 2.0, "b.py:f": -0.5}),
@@ -70,10 +75,16 @@ def test_good_values(name, value, expected):
 
 
 WHOLE, NUMBER, REWARD = "a whole number", "a number", "a list or a mapping name: weight of at least one name or null"
+PIXELS = "(divide those of pixels from 0 to 255 by 255)"
+QUOTE = "; YAML reads this as {}: put it in quotes (on a command line \"{}='…'\")"
+KINDS = {int: "a number", bool: "true or false", datetime.date: "a date"}
 BAD_VALUES = {
-    "training.steps": (f"{WHOLE} >= 1", ["ten", "10", True, 10.0, 0, [1], {"a": 1}, datetime.date(2024, 1, 2)]),
+    "training.steps": (f"{WHOLE} >= 1", ["ten", "10", True, 10.0, 0, [1], {"a": 1}]),
     "training.seed": (f"{WHOLE} >= 0", [-1]),
     "model.num_classes": (f"{WHOLE} >= 1 or null", [0]),
+    "model.dropout_blocks": (f"{WHOLE} >= 0 or null", [-1, True]),
+    "model.positions": ("learned | rotary or null", ["none", True]),
+    "model.pos_embed_antialias": ("auto | true | false", ["yes", 1]),
     "training.learning_rate": (f"{NUMBER} > 0", ["fast", True, math.nan, math.inf, "nan", 10**400, 0, [1e-3]]),
     "training.clip_low": (f"{NUMBER} >= 0 and < 1", [1, -0.1]),
     "training.clip_high": (f"{NUMBER} >= 0", [-0.1]),
@@ -87,9 +98,12 @@ BAD_VALUES = {
     "rollout.advantage": ("grpo | rloo | maxrl", ["ppo"]),
     "training.objective": ("grpo | supervised", ["Grpo"]),
     "training.dtype": ("auto | float32 | bfloat16", ["float16"]),
-    "training.run_name": ("the name of a folder or null", ["a/b", "..", "", 5]),
-    "data.mean": ("a list of three numbers", [[0.5, 0.5], 0.5, [0.5, 0.5, True], [0.5, 0.5, math.nan], [0, 0, None]]),
-    "data.std": ("a list of three numbers > 0", [[1, 1, 0], []]),
+    "training.run_name": ("the name of a folder or null", ["a/b", "..", "", 5, False, datetime.date(2026, 11, 25)]),
+    "data.mean": (
+        f"a list of three numbers >= 0 and <= 1 {PIXELS}",
+        [[0.5, 0.5], 0.5, [0.5, 0.5, True], [0.5, 0.5, math.nan], [0, 0, None], [123.7, 116.3, 103.5], [0, 0, -0.1]],
+    ),
+    "data.std": (f"a list of three numbers > 0 and <= 1 {PIXELS}", [[1, 1, 0], [], [58.4, 57.1, 57.4]]),
     "training.betas": ("a list of two numbers >= 0 and < 1", [[0.9, 1.0], [0.9, 0.99, 0.999]]),
     "rollout.reward": (
         REWARD,
@@ -106,7 +120,37 @@ def test_bad_values(name):
     expected, values = BAD_VALUES[name]
     for value in values:
         text = message(check, ("file", {name: value}), schema=ALL_KEYS)
-        assert text == f"{name}: {value!r} is not allowed; expected {expected}"
+        shown = "2026-11-25" if isinstance(value, datetime.date) else repr(value)
+        hint = QUOTE.format(KINDS[type(value)], name) if ALL_KEYS[name].kind is str and type(value) in KINDS else ""
+        assert text == f"{name}: {shown} is not allowed; expected {expected}{hint}"
+
+
+def test_yaml_is_read_as_people_mean_it(tmp_path):
+    """A key or section given twice, and numbers in another base than ten, are asked back, with file and line."""
+    file = tmp_path / "c.yaml"
+    for text, expected in (
+        ("data: {}\ntraining:\n  steps: 5\n  seed: 1\n  steps: 6", "line 5: steps is there twice, first in line 3"),
+        ("data: {}\ntraining: {}\nmodel: {}\ndata:\n  cache: auto", "line 4: data is there twice, first in line 1"),
+        ("rollout:\n  reward:\n    a: 1\n    a: 2", "line 4: a is there twice, first in line 3"),
+    ):
+        file.write_text(text)
+        assert message(read_yaml, str(file)) == f"{file}: {expected}; remove one"
+    for text, value in (("0100", "64"), ("0x10", "16"), ("0b11", "3"), ("1:30", "90"), ("-1:30.5", "-90.5")):
+        file.write_text(f"training: {{steps: {text}}}")
+        line = f"YAML reads {text} as {value}, in another base: write what is meant in base ten, or '{text}' for a text"
+        assert message(read_yaml, str(file)) == f"{file}: {line}"
+        assert message(parse_override, f"training.run_name={text}") == f"training.run_name={text}: {line}"
+    file.write_text("training: {steps: 1_000, seed: 0, learning_rate: 0.5}")
+    assert read_yaml(str(file)) == {"training.steps": 1000, "training.seed": 0, "training.learning_rate": 0.5}
+
+
+def test_a_tilde_is_the_home_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for name in ("data.train_dir", "data.eval_dir", "model.checkpoint_path", "training.ckpt_dir", "training.log_dir"):
+        assert convert(name, "~/x", ALL_KEYS[name]) == "/home/me/x"
+    assert convert("rollout.reward", ["~/r.py:f"], ALL_KEYS["rollout.reward"]) == {"/home/me/r.py:f": 1.0}
+    args = parse(["--config", "~/c.yaml", "--resume", "~/ckpt"])
+    assert (args.config, args.resume) == ("/home/me/c.yaml", "/home/me/ckpt")
 
 
 def test_null_is_allowed_where_it_means_something():
@@ -127,6 +171,10 @@ ARGMAX, ONE_PASS = {"rollout.action": "argmax"}, {"rollout.num_mc_samples": 1}
         ({"model.image_size": 20}, "model.image_size: 20 is not a multiple of model.patch_size: 16"),
         ({"model.num_heads": 5}, "model.embed_dim: 192 is not a multiple of model.num_heads: 5"),
         ({"model.mlp_ratio": 0.005}, "model.mlp_ratio: 0.005 of 192 leaves no hidden unit"),
+        (
+            {"model.positions": "rotary", "model.num_heads": 32},
+            "model.positions: rotary needs an embed_dim / num_heads that is a multiple of 4",
+        ),
         ({"model.dropout_blocks": 13}, "model.dropout_blocks: 13 is more than model.depth: 12"),
         ({"training.freeze_blocks": 13}, "training.freeze_blocks: 13 is more than model.depth: 12"),
         (ARGMAX | {"model.dropout": 0}, "rollout.action: argmax explores by dropout alone: "),

@@ -21,39 +21,12 @@ from torch.utils.data import get_worker_info
 
 import images
 from data_types import InputError
-from images import ImageDataset, Loading, decode_image, find_images, ordered_batches, prepare, stream_batches
+from folders import upright_size
+from images import ImageDataset, Loading, decode_image, ordered_batches, prepare, stream_batches
 from vit_model import VisionTransformer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # two workers on one core
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
-
-
-def touch(path) -> str:
-    """An empty file, its folders made where they are missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    return str(path)
-
-
-def test_find_images_at_any_depth_with_any_case_of_suffix(tmp_path):
-    """Also in a folder that is named like an image; nothing else is found, and nothing hidden."""
-    names = [f"x.{s}" for s in ("png", "jpg", "jpeg", "bmp", "webp", "tif", "tiff", "gif")]
-    names += [f"deep/er/{name.upper()}" for name in names] + ["deep/x.JpEg", "folder.png/z.png"]
-    expected = sorted(touch(tmp_path / name) for name in names)
-    for name in ("notes.txt", "png", "a.png.txt", "b.npy", ".a.png", ".hid/c.png", "deep/.hid/d.png", "deep/.e.JPG"):
-        touch(tmp_path / name)
-    (tmp_path / "empty.jpg").mkdir()
-    assert find_images(str(tmp_path)) == expected and len(expected) == 18
-
-
-def test_find_images_follows_links_but_not_in_circles(tmp_path):
-    """A link in a circle adds nothing; linked files and folders count, a folder of many names once, under the first."""
-    own = touch(tmp_path / "class" / "own.png")
-    touch(tmp_path / "elsewhere" / "far.png")
-    for name, to in (("loop", "../class"), ("b", "../elsewhere"), ("a", "../elsewhere"), ("linked.png", own)):
-        (tmp_path / "class" / name).symlink_to(to)
-    found = [os.path.relpath(path, tmp_path / "class") for path in find_images(str(tmp_path / "class"))]
-    assert found == ["a/far.png", "linked.png", "own.png"]
 
 
 def noise(height: int = 8, width: int = 8) -> np.ndarray:
@@ -137,7 +110,7 @@ def test_exif_orientation(tmp_path, orientation, suffix):
     stored.save(tmp_path / f"x.{suffix}", exif=exif, **options.get(suffix, {}))
     image.save(tmp_path / "upright.png")
     upright, as_stored = decoded(tmp_path / "upright.png", size), np.asarray(stored.resize((size, size))).astype(int)
-    assert images.upright_size(str(tmp_path / f"x.{suffix}")) == image.size
+    assert upright_size(str(tmp_path / f"x.{suffix}")) == image.size
     assert np.abs(decoded(tmp_path / f"x.{suffix}", size) - upright).mean() <= tolerance
     assert orientation == 1 or np.abs(as_stored - upright).mean() > 10
 
@@ -262,6 +235,19 @@ def test_workers_hand_out_the_same_batches(cache):
     assert seen_indices(batches) == expected_indices(10, 4, range(4, 12))
 
 
+def test_where_shared_memory_is_full_batches_go_through_pipes(monkeypatch):
+    """The same ones; before the run a line says what is missing, and what to do."""
+    monkeypatch.setattr(torch.Tensor, "share_memory_", mock.Mock(side_effect=RuntimeError("No space left on device")))
+    batches = stream_batches(Numbered(10), shuffled(10), 4, range(12), Loading(num_workers=2))
+    assert seen_indices(batches) == expected_indices(10, 4, range(12))
+    monkeypatch.setattr(images.shutil, "disk_usage", lambda folder: SimpleNamespace(free=64e6))
+    [note] = images.shared_memory_note(2, 9_000_000, "/")
+    assert "(/) has room for 64 MB, the workers can fill 72: " in note and "data.num_workers=0" in note
+    assert "--shm-size=1g" in note
+    assert not images.shared_memory_note(2, 8_000_000, "/") and not images.shared_memory_note(0, 10**9, "/")
+    assert not images.shared_memory_note(2, 10**9, "/no such folder")
+
+
 def test_the_slices_of_two_processes_are_the_batch():
     halves = slice(0, 2), slice(2, 4)
     parts = [seen_indices(stream_batches(Numbered(7), shuffled(7), 4, range(5), part=part)) for part in halves]
@@ -294,6 +280,7 @@ def test_the_fingerprint_is_of_the_names_below_the_folder():
     assert images.fingerprint(renamed).startswith("2 images (")
 
 
+DIED = "InputError: data.num_workers: a process that decodes images was killed by the system"
 UNCLOSED_STREAM = """
 import multiprocessing, os, signal, sys, torch
 from images import Loading, stream_batches
@@ -308,7 +295,7 @@ sys.exit("stopped in the middle")
 """
 
 
-@pytest.mark.parametrize("end, complaint", [("exit", "stopped in the middle"), ("killed", "Traceback")])
+@pytest.mark.parametrize("end, complaint", [("exit", "stopped in the middle"), ("killed", DIED)])
 def test_process_ends_though_a_stream_is_left_open(end, complaint):
     """Exit in mid-stream, or on the death of one worker, does not wait for workers that ignore SIGTERM."""
     command = [sys.executable, "-W", "ignore", "-c", UNCLOSED_STREAM, end]
@@ -378,3 +365,27 @@ def test_a_prepared_model_takes_uint8_images():
     assert masks["pos_drop"].shape == (5, 2, 1, 16)
     assert torch.equal(network(x), -model(prepare(x, *scale)))
     assert torch.equal(images.Prepared(model, *scale)(x, masks), model(prepare(x, *scale), masks))
+
+
+def test_bad_images_of_all_processes_are_said_and_counted(monkeypatch):
+    """Each once; up to 1 % or three of them. Several processes hear of each other's, and stop together."""
+    said = []
+    alone = images.BadImages(400, said.append)
+    alone({"a": "a: no good", "b": "b: no good"})
+    alone({"b": "b: no good", "c": "c: no good"})
+    alone({"d": "d: no good"})
+    assert said == [f"warning: {name}: no good" for name in "abcd"]
+    few = "data.on_bad_image: skip: {} of {} images cannot be decoded, more than 1 % and more than 3, {} the first; "
+    assert message(alone, {"e": "e: no good"}).startswith(few.format(5, 400, "a"))
+    small = images.BadImages(8, said.append)
+    small(dict.fromkeys("abc", "no good"))
+    assert small.left(Numbered(7)) == "7 images"
+    small.seen.add("memory/1")
+    assert small.left(Numbered(7)) == "6 of 7 images"
+    small.seen.remove("memory/1")
+    assert message(small, {"d": "no good"}).startswith(few.format(4, 8, "a"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    first = images.BadImages(8, said.append)
+    first(dict.fromkeys("abcd", "no good"))
+    monkeypatch.setattr(images, "gather_everywhere", lambda own, group: [own, {"a": "no good", "z": "z: no good"}])
+    assert message(first.share, None).startswith(few.format(5, 8, "a")) and said[-1] == "warning: z: no good"

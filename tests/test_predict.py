@@ -322,7 +322,8 @@ def test_bad_arguments(digits, tmp_path, capsys):
 
 
 def test_an_evaluation_leaves_bad_images_out_if_the_run_did(digits, tmp_path, capsys):
-    """data.on_bad_image: skip of the checkpoint: the file is named on stderr, the metrics are those without it."""
+    """data.on_bad_image: skip of the checkpoint: the file is named on stderr once, the metrics and counts are those
+    without it, and the exit status tells. Too many of them, or nothing else, end in one line."""
     for path in sorted(Path(DIGITS).glob("*/*.png"))[::12]:
         (tmp_path / "eval" / path.parent.name).mkdir(parents=True, exist_ok=True)
         shutil.copy(path, tmp_path / "eval" / path.parent.name)
@@ -332,7 +333,28 @@ def test_an_evaluation_leaves_bad_images_out_if_the_run_did(digits, tmp_path, ca
     bad.write_text("no picture")
     assert refused(capsys, predict.main, digits, *evaluation).startswith(f"{bad}: not a readable image")
     skipping = changed(digits, tmp_path / "skip.pt", data={"on_bad_image": "skip"})
-    assert predict.main([skipping, *evaluation]) == 0
+    assert predict.main([skipping, *evaluation]) == 2
     out, err = capsys.readouterr()
     assert len(err.splitlines()) == 1 and f"{bad}: not a readable image" in err
     assert json.loads(out)["figures"] == pytest.approx(without, abs=1e-9)
+    good = len(list(Path(tmp_path / "eval").glob("*/*.png"))) - 1
+    assert json.loads(out)["num_images"] == good
+    assert predict.main([skipping, "--evaluate", f"{tmp_path}/eval"]) == 2
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/eval: {good} of {good + 1} images, T = ")
+    for i in range(3):
+        bad.with_name(f"bad{i}.png").write_text("no picture")
+    assert predict.main([skipping, *evaluation]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"predict.py: data.on_bad_image: skip: 4 of {good + 4} images cannot be decoded, ")
+    for path in (tmp_path / "eval").glob("*/*.png"):
+        path.unlink() if path.parent.name > "1" else path.write_text("no picture")
+    for path in sorted((tmp_path / "eval").glob("*/*.png"))[3:]:
+        path.unlink()
+    assert predict.main([skipping, *evaluation]) == 2
+    assert (
+        capsys.readouterr().err.splitlines()[-1] == f"predict.py: {tmp_path}/eval: none of its 3 images can be decoded"
+    )
+    folder = str(tmp_path / "eval")
+    assert predict.main([digits, folder, folder]) == 2
+    out, err = capsys.readouterr()
+    assert len(err.splitlines()) == 4 and err.endswith("predict.py: none of the 6 images can be decoded\n")

@@ -1,7 +1,9 @@
 """report.py: lines on the console, events in TensorBoard, times, and the metrics that end a run."""
 
 import os
+import threading
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from conftest import message
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import report
-from report import Clock, Console, Log, count_dead_steps, log_interval, read_rows
+from report import Clock, Console, Log, count_dead_steps, log_interval, quiet_writer, read_rows
 
 
 @pytest.fixture
@@ -61,6 +63,28 @@ def test_log(tmp_path, monkeypatch, rank, first_step):
         events = EventAccumulator(str(folder)).Reload()
         assert [(event.step, event.value) for event in events.Scalars("a")] == [(5, 1.5)]
         assert ("config/text_summary" in events.Tags()["tensors"]) == (first_step == 1)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capfd):
+    """Not the traceback of TensorBoard's thread; those of other threads stay."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    log = Log(tmp_path, 1, {})
+    log.add("scalar", "a", 1.0, 1)
+    full = OSError(28, "No space left on device")
+    log.writer.file_writer.event_writer._async_writer._writer.write = Mock(side_effect=full)
+
+    def fill() -> None:
+        for step in range(100):
+            log.add("scalar", "a", 1.0, step)
+            log.flush()
+
+    assert message(fill).startswith(f"{tmp_path}: TensorBoard's events cannot be written (No space left on device); ")
+    assert capfd.readouterr().err == ""
+    heard = []
+    quiet = quiet_writer(heard.append)
+    quiet(SimpleNamespace(exc_type=OSError, thread=threading.Thread()))
+    quiet(SimpleNamespace(exc_type=ValueError, thread=log.writer.file_writer.event_writer._async_writer._worker))
+    assert len(heard) == 2
 
 
 def test_times_of_an_interval(watch, capsys):

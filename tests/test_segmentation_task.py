@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import message, same
+from conftest import same
 from PIL import Image
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 from sklearn.metrics import jaccard_score
@@ -164,16 +164,6 @@ def test_dataset_reads_values_not_colours(tmp_path, mode):
     assert [p.split("images/")[1] for p in batch.metadata["paths"]] == ["deep/1.png", "0.png"]
 
 
-@pytest.mark.parametrize("size", [2, 3, 8, 12])
-def test_masks_are_resized_by_nearest_neighbour(tmp_path, size):
-    """Output pixel i shows the input pixel that holds its centre: no new values, no shift."""
-    values = np.arange(36, dtype=np.uint8).reshape(6, 6)
-    Image.fromarray(values).save(tmp_path / "m.png")
-    got = seg.decode_mask(str(tmp_path / "m.png"), (6, 6), size, 36)
-    places = [int((i + 0.5) * 6 / size) for i in range(size)]
-    assert torch.equal(got, torch.from_numpy(values[places][:, places]))
-
-
 def test_mirroring_turns_images_masks_and_what_counts_alike():
     g = torch.Generator().manual_seed(0)
     inputs = torch.randint(255, (64, 3, 4, 4), generator=g, dtype=torch.uint8)
@@ -193,36 +183,6 @@ def test_batches_are_the_same_from_files_and_from_the_cache(tmp_path):
         [vars(batch) for batch in stream_batches(dataset, order, 2, range(9), cache=cache)] for cache in (False, True)
     )
     assert same(plain, kept)
-
-
-def test_classes_without_a_file_are_numbered(tmp_path):
-    root = str(folder(tmp_path, classes=None))
-    assert configure(("test", {"task": "segmentation", "model.num_classes": 3}))[1].open(root).classes == list("012")
-    assert message(TASK.open, root).startswith(f"{root}/classes.txt: no such file; ")
-
-
-def replace_mask(mode: str, size=(8, 8), value=0):
-    return lambda root: Image.new(mode, size, value).save(root / "masks" / "0.png")
-
-
-BROKEN = {
-    "no folder masks; it should hold images/ and masks/": lambda root: (root / "masks").rename(root / "labels"),
-    "images/0.png: it has no mask ": lambda root: (root / "masks" / "0.png").unlink(),
-    "masks/0.png: a mask without an image": lambda root: (root / "images" / "0.png").unlink(),
-    "has the same stem; remove one of them": lambda root: (root / "images" / "0.jpg").write_text("twice"),
-    "masks/0.png: the mask has 8x7 pixels, its image 8x8": replace_mask("L", (8, 7)),
-    "masks/0.png: pixel value 2, but the classes are 0 to 1 (255 is ignored)": replace_mask("L", value=2),
-    "masks/0.png: a mask should be an 8-bit single-channel or palette PNG, not RGB": replace_mask("RGB"),
-    "masks/0.png: a mask should be an 8-bit single-channel or palette PNG, not I;16": replace_mask("I;16"),
-    "masks/0.png: not a readable mask": lambda root: (root / "masks" / "0.png").write_text("not a picture"),
-    "classes.txt: it should name 2 to 254 different classes": lambda root: (root / "classes.txt").write_text("one\n"),
-}
-
-
-@pytest.mark.parametrize("expected", BROKEN)
-def test_what_is_broken_is_named_in_one_line(tmp_path, expected):
-    BROKEN[expected](folder(tmp_path))
-    assert expected in message(lambda: seg.SegmentationDataset(str(tmp_path), 8)[0])
 
 
 @pytest.mark.parametrize("num_classes, absent", [(2, False), (4, False), (4, True)])

@@ -25,6 +25,7 @@ import build
 import train
 from checkpoint import load_checkpoint
 from config import SCHEMA, flatten
+from evaluation import metrics_line
 from grpo import keyed_rng, rollout
 from images import prepare
 from vision_task import Classification, Task, VisionClassificationDataset, classification_reward
@@ -173,7 +174,7 @@ def test_masks_and_boxes_are_learned_and_shown(capsys, task, metric, keys, bound
     assert run(*keys, "data.train_dir=scenes/eval", task=task) == 0
     found, said = scalars(), capsys.readouterr().out.splitlines()[-2]
     assert found[f"eval/{metric}"][steps] > bound and found[f"eval_mc/{metric}"][steps] > bound
-    best = "reward" if "rollout.reward=pixel_reward" in keys else best  # not the task's own
+    best = "reward" if "rollout.reward=pixel_reward" in keys else best  # one that is not the task's first
     assert ckpt()["best_metric"] == pytest.approx(max(found[f"eval/{best}"].values()))
     picture = Image.open(io.BytesIO(events().Images("eval/most_uncertain")[0].encoded_image_string))
     assert len(picture.convert("RGB").getcolors(100_000)) > 50
@@ -237,8 +238,7 @@ def test_tensorboard_holds_what_it_should(capsys):
     assert found["eval/accuracy"][12] == pytest.approx(float((logits.argmax(1) == eval_set.targets).float().mean()))
     nll = torch.nn.functional.cross_entropy(logits, eval_set.targets)
     assert found["eval/nll"][12] == pytest.approx(float(nll), rel=1e-5)
-    line = "accuracy {:.4f} NLL {:.4f} ECE {:.4f} (mean over passes: accuracy {:.4f} NLL {:.4f} ECE {:.4f})"
-    line = "step 12: " + line.format(*(found[tag][12] for tag in evaluated))
+    line = f"step 12: {metrics_line({tag: found[tag][12] for tag in evaluated})}"
     assert line in capsys.readouterr().out.splitlines()
     before = left()
     for path in ("ckpt/tiny", "ckpt/tiny/", "ckpt/tiny/step_000012.pt"):
@@ -253,7 +253,7 @@ def test_the_console_tells_what_was_found_and_how_it_goes(capsys):
     assert run() == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:4] == [
-        "train: 24 images of 3 classes",
+        "train: 24 images of 3 classes (id name): 0 0, 1 1, 2 4",
         "eval: 12 images",
         "data.cache: auto: 0 MB of decoded images, kept in memory after the first epoch",
         f"{sum(p.numel() for p in ckpt()['model'].values()) / 1e6:.2f} M parameters on cpu, float32",
@@ -353,10 +353,20 @@ def test_dead_groups_are_a_warning_where_rewards_teach(capsys, monkeypatch, obje
 
 
 def test_without_an_eval_folder_it_trains_and_says_so(capsys):
-    """No evaluation, no best.pt, all the rest."""
-    assert run("data.eval_dir=nowhere") == 0
-    told = capsys.readouterr().out.splitlines()
-    assert "data.eval_dir: nowhere: no such folder; training without evaluation" in told
+    """No evaluation, no best.pt, all the rest. Only a folder that nobody named may be missing; a checkpoint of an older
+    version, which named it nevertheless, goes on."""
+    assert refusal(capsys, "data.eval_dir=nowhere") == (
+        "data.eval_dir: nowhere: no such folder; null trains without evaluation"
+    )
+    config = yaml.safe_load(Path("tiny.yaml").read_text())
+    del config["data"]["eval_dir"]
+    Path("tiny.yaml").write_text(yaml.safe_dump(config))
+    assert run("training.steps=6") == 0
+    assert "data.eval_dir: null; training without evaluation" in capsys.readouterr().out.splitlines()
+    state = ckpt()
+    state["config"]["data"]["eval_dir"] = "data/eval"
+    torch.save(state, "ckpt/tiny/last.pt")
+    assert run("--resume", "auto", "training.steps=12") == 0
     assert "best.pt" not in left() and ckpt()["step"] == 12
     assert not [tag for tag in scalars() if tag.startswith("eval")]
 
@@ -477,6 +487,25 @@ def test_the_checkpoints_config_wins_over_the_file_and_the_command_line_over_bot
     assert rates.pop(1) < 1e-3 and rates == pytest.approx(last, rel=1e-6)
     scales = {group["lr_scale"]: group["lr"] for group in groups}
     assert scales == pytest.approx({scale: scale * last[20] for scale in (1.0, 0.5, 0.25, 0.125)})
+
+
+def test_what_a_run_that_goes_on_cannot_follow_is_refused_or_said(capsys, monkeypatch):
+    """Another name or checkpoint folder is refused; keys of an edited config file are named. A damaged last.pt gives
+    way to the newest whole checkpoint for --resume auto."""
+    assert stop_after(monkeypatch, 4) == 143
+    for key, own in (("run_name", "tiny"), ("ckpt_dir", "ckpt")):
+        expected = f"training.{key}: a run that goes on keeps its own, {own}; drop the key"
+        assert refusal(capsys, "--resume", "ckpt/tiny", f"training.{key}=other") == expected
+    assert run("--resume", "ckpt/tiny", "training.run_name=tiny", "training.steps=6") == 0
+    edited = TINY | {"training": TINY["training"] | {"learning_rate": 0.5, "seed": 9}}
+    Path("tiny.yaml").write_text(yaml.safe_dump(edited))
+    Path("ckpt/tiny/last.pt").write_bytes(b"")  # as the file system left it; step_000006.pt is the same file
+    capsys.readouterr()
+    assert run("--resume", "auto", "training.steps=8") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch("warning: .*last.pt: .*; going on from .*step_000004.pt, the newest whole one", lines[0])
+    begin = "note: tiny.yaml has another training.learning_rate, training.seed than the run that goes on, "
+    assert lines[1].startswith(begin) and "ckpt/tiny: going on after step 4" in lines
 
 
 def test_a_run_can_be_moved_and_resumed_from_one_of_its_files():
@@ -638,7 +667,8 @@ def test_start_from_supervised_weights(capsys):
         (["data.eval_dir=odd"], "odd: classes unknown in the training folder: cat"),
         (["training.device=abacus"], "training.device: abacus is not available here ("),
         (["data.train_dir=odd", "data.eval_dir=null", "data.num_workers=1"], "odd/0/bad.png: not a readable image ("),
-        (["training.log_dir=rewards.py"], "[Errno 20] Not a directory: "),
+        (["training.log_dir=rewards.py"], "training.log_dir: rewards.py/tiny cannot be written (Not a directory)"),
+        (["training.ckpt_dir=/proc/x"], "training.ckpt_dir: /proc/x/tiny cannot be written ("),
         (
             ["rollout.reward=rewards.py:steps"],
             "rollout.reward: rewards.py:steps has gradient 0 for ",
@@ -696,7 +726,8 @@ def test_out_of_memory_is_a_line_that_names_the_keys(capsys, monkeypatch):
 
 
 def test_bad_images_are_skipped_named_once_and_counted(capsys):
-    """Up to 1 % of training and evaluation together; three of 228 stop the run. An evaluation leaves them out."""
+    """Up to 1 % of training and evaluation together, or three; four of 229 stop the run. An evaluation leaves them
+    out."""
     for path in sorted(Path("train").rglob("*.png")):
         for i in range(8):
             shutil.copy(path, path.with_name(f"{path.stem}-{i}.png"))
@@ -706,12 +737,21 @@ def test_bad_images_are_skipped_named_once_and_counted(capsys):
     assert run(*keys) == 0
     told = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert sorted(told) == ["eval/4/bad.png", str(bad[0])] and scalars()["data/bad_images"][20] == 2
+    assert run("--evaluate", "ckpt/tiny") == 2
+    out = capsys.readouterr().out.splitlines()
+    assert out[-2].startswith("warning: eval/4/bad.png: ") and out[-1].endswith(" (12 of 13 images)")
     right = scalars()["eval/accuracy"][20] * 12
     assert right == pytest.approx(round(right), abs=1e-4)  # of 12 images, not of 13
     for path in bad:
         path.write_text("no picture")
-    begin = r"data.on_bad_image: skip: \d of 229 images \(training and evaluation\) cannot be decoded, more than 1 %; "
-    assert re.match(begin + "the last: train/1", refusal(capsys, *keys, "training.run_name=more"))
+    begin = r"data.on_bad_image: skip: \d of 229 images cannot be decoded, more than 1 % and more than 3, "
+    assert re.match(begin + "(train/1/|eval/4/bad).* the first; ", refusal(capsys, *keys, "training.run_name=more"))
+    shutil.rmtree("eval")
+    for i in (0, 1):
+        Path(f"eval/{i}").mkdir(parents=True)
+        Path(f"eval/{i}/bad.png").write_text("no picture")
+    assert run("--evaluate", "ckpt/tiny") == 2
+    assert capsys.readouterr().err == "train.py: eval: none of its images can be decoded\n"
 
 
 def test_a_data_set_that_changed_before_a_resume_is_said(capsys, monkeypatch):

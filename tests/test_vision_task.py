@@ -1,5 +1,7 @@
 """vision_task.py: the image folder, the reward, and what a task has by default and as classification."""
 
+import unicodedata
+
 import pytest
 import torch
 from conftest import message
@@ -7,6 +9,7 @@ from PIL import Image
 from torch.distributions import Bernoulli, Categorical
 
 from data_types import TensorMiniBatch
+from folders import SUFFIXES
 from grpo import keyed_rng
 from images import ordered_batches
 from vision_task import Classification, Task, VisionClassificationDataset, classification_reward
@@ -37,9 +40,25 @@ def test_class_ids_are_the_sorted_subdirectories_of_the_training_folder(tmp_path
     assert evaluation.classes == dataset.classes and evaluation.targets.tolist() == [2]
 
 
+def test_numbers_are_in_their_order_and_checkpoints_keep_theirs(tmp_path):
+    """1, 2, 10; a checkpoint of an earlier version has 1, 10, 2, and its images in that order. A class of other code
+    points is the same. What is not read is said."""
+    root = make(tmp_path / "train", "10/a.png", "2/b.png", "1/c.png", "1/d.heic", "e.png")
+    dataset = VisionClassificationDataset(root, 2)
+    assert dataset.classes == ["1", "2", "10"] and dataset.targets.tolist() == [0, 1, 2]
+    assert [note[:20] for note in dataset.notes] == ["not read: 1 .heic (t", "not read: 1 images b"]
+    older = VisionClassificationDataset(root, 2, ["1", "10", "2"])
+    assert older.paths == [f"{root}/{name}" for name in ("1/c.png", "10/a.png", "2/b.png")]
+    assert older.classes == ["1", "10", "2"] and older.targets.tolist() == [0, 1, 2]
+    composed, decomposed = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    one, other = make(tmp_path / "nfc", f"{composed}/1.png", "x/1.png"), make(tmp_path / "nfd", f"{decomposed}/1.png")
+    for classes in (VisionClassificationDataset(one, 2).classes, [decomposed, "x"]):
+        assert VisionClassificationDataset(other, 2, classes).targets.tolist() == [0]
+
+
 def test_folder_errors_are_one_line_naming_the_folder(tmp_path):
     hint = "it should hold one subdirectory of images per class"
-    suffixes = ".png .jpg .jpeg .bmp .webp .tif .tiff .gif"
+    suffixes = " ".join(SUFFIXES)
     train = make(tmp_path / "train", "ant/1.png", "bee/notes.txt")
     evaluation, one = make(tmp_path / "eval", "ant/notes.txt"), make(tmp_path / "one", "ant/1.png")
     for root, classes, expected in (

@@ -62,7 +62,7 @@ def naive_vit(model: VisionTransformer, images, masks, num_heads: int):
             hidden = linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1")
             hidden = drop(hidden * (1 + torch.erf(hidden / 2**0.5)) / 2, f"blocks.{i}.mlp.drop1")
             x = x + drop(linear(hidden, f"blocks.{i}.mlp.fc2"), f"blocks.{i}.mlp.drop2")
-        passes.append(linear(norm(x, "norm"), "head"))
+        passes.append(linear(drop(norm(x, "norm"), "head_drop"), "head"))
     return torch.stack(passes, 1)
 
 
@@ -113,8 +113,15 @@ def test_parameter_names_and_shapes_are_timms():
     assert len(expected) == 152
 
 
+def test_parameter_names_of_registers_are_timms():
+    """reg_token, as timm calls it; rotary positions have no parameter and are in no checkpoint."""
+    plain = make_model().state_dict().keys()
+    assert make_model(registers=4).state_dict().keys() == plain | {"reg_token"}
+    assert make_model(registers=4, positions="rotary").state_dict().keys() == (plain | {"reg_token"}) - {"pos_embed"}
+
+
 @pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("dropout_blocks", [None, 3, 2, 1])
+@pytest.mark.parametrize("dropout_blocks", [None, 3, 2, 1, 0])
 def test_masked_vit_equals_a_naive_one(dropout_blocks, dense):
     """Pass by pass, head by head, all tokens to the end: same logits, same gradients. So the last block's shortcut (the
     class token alone asks) and the shared trunk are exact, and a dense head reads each patch token, row by row."""
@@ -157,6 +164,7 @@ def test_masks_have_one_row_for_all_tokens_and_two_values(dropout_blocks):
     """[B, T, 1, width] for each site of the last blocks, or of all and after the position embedding, in forward order;
     values 0 and 1 / (1 - p), both of them present."""
     model = make_model(dropout=0.2, embed_dim=32, dropout_blocks=dropout_blocks)
+    assert list(make_model(dropout_blocks=0).sample_masks(3, 4)) == ["head_drop"]
     widths = {"attn.proj_drop": 32, "mlp.drop1": 96, "mlp.drop2": 32}
     blocks = range(3 - (dropout_blocks or 3), 3)
     expected = {f"blocks.{i}.{site}": width for i in blocks for site, width in widths.items()}
@@ -196,7 +204,12 @@ def test_keep_rate(dropout):
 
 @pytest.mark.parametrize(
     "dropout_blocks, attention, mlp",
-    [(None, [28, 28, 28, 28], [28, 28, 28, 28]), (2, [7, 7, 7, 28], [7, 7, 28, 28]), (1, [7] * 4, [7, 7, 7, 28])],
+    [
+        (None, [28, 28, 28, 28], [28, 28, 28, 28]),
+        (2, [7, 7, 7, 28], [7, 7, 28, 28]),
+        (1, [7] * 4, [7, 7, 7, 28]),
+        (0, [7] * 4, [7] * 4),
+    ],
 )
 def test_what_precedes_the_first_stochastic_site_runs_once_per_image(dropout_blocks, attention, mlp):
     """B = 7, T = 4: 7 rows of tokens up to the first mask, 28 from there; one token a row in the last block's MLP."""
@@ -210,6 +223,36 @@ def test_what_precedes_the_first_stochastic_site_runs_once_per_image(dropout_blo
     assert [shape[2] for shape in seen["attn"]] == [5, 5, 5, 5] and [shape[2] for shape in seen["mlp"]] == [5, 5, 5, 1]
 
 
+KINDS = {
+    "plain": {},
+    "registers": {"registers": 3},
+    "rotary": {"registers": 2, "positions": "rotary", "norm_eps": 1e-5},
+    "rotary without registers": {"positions": "rotary"},
+}
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("dropout_blocks", [None, 2, 0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_passes_are_separate_calls_and_the_trunk_is_the_first_blocks(kind, dropout_blocks, dense):
+    """For each kind: T passes equal T calls with one mask each, and B images B calls. Going on from the tokens that
+    enter a block before the first mask is the whole network, bit for bit, with masks and without. Behind the last block
+    they are those alone that the head reads."""
+    model = make_model(dropout_blocks=dropout_blocks, dense=dense, **KINDS[kind])
+    images, masks = make_inputs(model, B=3, T=4)
+    logits = model(images, masks)
+    for t in range(4):
+        single = model(images, {site: mask[:, t : t + 1] for site, mask in masks.items()})
+        torch.testing.assert_close(logits[:, t : t + 1], single, rtol=1e-12, atol=1e-12)
+    single = model(images[1:2], {site: mask[1:2] for site, mask in masks.items()})
+    torch.testing.assert_close(logits[1:2], single, rtol=1e-12, atol=1e-12)
+    tokens = 5 + KINDS[kind].get("registers", 0)
+    for end in range(1, 4 - dropout_blocks if dropout_blocks is not None else 1):
+        kept = model.trunk(images, end)
+        assert kept.shape == (3, (4 if dense else 1) if end == 3 else tokens, 16)
+        assert model(kept, masks, start=end).equal(logits) and model(kept, start=end).equal(model(images))
+
+
 # --- Constructor, compile, bfloat16, activation checkpointing ---------------------------------------------------------
 
 
@@ -220,8 +263,10 @@ def test_what_precedes_the_first_stochastic_site_runs_once_per_image(dropout_blo
         ({"num_heads": 3}, "embed_dim 16 is not a multiple of num_heads 3"),
         ({"dropout": 1.0}, "dropout 1.0"),
         ({"dropout": -0.1}, "dropout -0.1"),
-        ({"dropout_blocks": 0}, "dropout_blocks 0"),
-        ({"dropout_blocks": 4}, "dropout_blocks 4 is not between 1 and depth 3"),
+        ({"dropout_blocks": -1}, "dropout_blocks -1"),
+        ({"dropout_blocks": 4}, "dropout_blocks 4 is not between 0 and depth 3"),
+        ({"positions": "none"}, "positions 'none' is none of learned, rotary"),
+        ({"positions": "rotary", "embed_dim": 12}, "embed_dim 12 / num_heads 2 is not a multiple of 4"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(options, message):

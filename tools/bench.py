@@ -3,8 +3,10 @@
     uv run tools/bench.py                          # config.yaml and config_digits.yaml, under five minutes on 2 cores
     uv run tools/bench.py --config my.yaml
     uv run tools/bench.py --tasks                  # the step of config_segmentation.yaml and config_detection.yaml
+    uv run tools/bench.py --frozen --images DIR    # a ViT-S/14 at 98x98 whose frozen blocks' tokens are kept
     uv run tools/bench.py --plan --config config_24GB.yaml    # GPU memory of a config by calculation, in no time
     uv run tools/bench.py --scan 1000000                      # finding so many image files
+    uv run tools/bench.py --scan-boxes 100000                 # opening so many images with seven boxes each
 
 On the CPU in float32, best with nothing else running. The ratios are of wall-clock times of A, B, A, B, ... in one
 process, pair by pair. Figures that no config changes the meaning of are measured on the first config.
@@ -13,6 +15,8 @@ process, pair by pair. Figures that no config changes the meaning of are measure
 import argparse
 import copy
 import ctypes
+import io
+import json
 import os
 import statistics
 import subprocess
@@ -30,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.distributions import Categorical, Distribution
 from torch.ops import aten
@@ -38,9 +43,12 @@ from torch.utils import flop_counter
 import build
 from config import read_yaml
 from data_types import InputError, TensorMiniBatch
+from detection_task import DetectionDataset
+from folders import find_images, upright_sizes
 from grpo import keyed_rng, mean_counted, rollout, size_of, update_policy
-from images import Loading, epoch_order, keep_decoded, micro_batches, prepare, stream_batches
+from images import Loading, Prepared, epoch_order, keep_decoded, micro_batches, prepare, stream_batches
 from report import Clock
+from token_cache import Cached, TokenCache, kept_blocks
 from vision_task import Task, VisionClassificationDataset
 from vit_model import VisionTransformer
 
@@ -50,6 +58,9 @@ GRPO |= {"rollout.action": "sample", "rollout.num_mc_samples": 4, "rollout.actio
 ALL_BLOCKS = GRPO | {"model.dropout_blocks": None}
 DEEP = {"image_size": 224, "patch_size": 32, "embed_dim": 192, "num_heads": 3, "depth": 8, "dropout_blocks": 2}
 LIVE_EVERY = 5  # 20 % live groups
+VIT_S = {"patch_size": 14, "embed_dim": 384, "depth": 12, "num_heads": 6, "mlp_ratio": 4.0, "image_size": 98}
+VIT_S = {f"model.{name}": value for name, value in VIT_S.items()}
+VIT_S |= {"rollout.num_mc_samples": 2, "training.batch_size": 64, "training.micro_batch_size": None}
 
 
 @dataclass
@@ -129,10 +140,12 @@ def build_setup(path: str, overrides: dict, images: int | None = None) -> Setup:
     return Setup(task, model, optimizer, build.load_rewards(task), reference, batch)
 
 
-def grpo_step(s: Setup, step: int = 0, keep_graph: bool = True) -> dict[str, Tensor]:
-    """What `train.py` does between having a batch and having its metrics."""
+def grpo_step(
+    s: Setup, step: int = 0, keep_graph: bool = True, network: torch.nn.Module | None = None
+) -> dict[str, Tensor]:
+    """What `train.py` does between having a batch and having its metrics. network: None for the task's."""
     data, _, training = build.sections(s.task.config)
-    network, roll = s.task.network(s.model), build.rollout_settings(s.task.config)
+    network, roll = network or s.task.network(s.model), build.rollout_settings(s.task.config)
     policy = partial(s.task.policy, progress=step / training.steps)
     settings, key = build.update_settings(s.task, len(s.batch)), (training.seed, step)
     mirror, reference = s.task.mirror if data.augment else None, s.task.network(s.reference) if s.reference else None
@@ -232,6 +245,38 @@ def mostly_dead(path: str, budget: float) -> Row:
 
     figure = "step with 20 % live groups ÷ all live in one pass, all blocks stochastic"
     return ratio(figure, replay, lambda: grpo_step(every), budget, 0.60)
+
+
+class NoTrunk(torch.nn.Module):
+    """The network of a batch whose inputs are the tokens that enter block `start`."""
+
+    def __init__(self, network: Prepared, start: int):
+        super().__init__()
+        self.network, self.start, self.sample_masks = network, start, network.sample_masks
+
+    def forward(self, tokens: Tensor, masks: dict[str, Tensor] | None = None) -> Tensor:
+        return self.network.arrange(self.network.model(tokens, masks, start=self.start))
+
+
+def frozen_trunk(path: str, images: str | None, budget: float) -> Iterator[Row]:
+    """A step on a batch met before, as `train.py` makes it: with the frozen blocks run again ÷ with their tokens kept,
+    and that ÷ a step whose batch is the tokens; for one trained block, and for none (the head alone is trained)."""
+    for frozen, dropout_blocks, at_least in ((11, 1, 8.0), (12, 0, 25.0)):
+        overrides = GRPO | VIT_S | {"training.freeze_blocks": frozen, "model.dropout_blocks": dropout_blocks}
+        s = build_setup(path, overrides | ({"data.train_dir": images} if images else {}))
+        network, dataset = s.task.network(s.model), s.task.open(s.task.config["data"]["train_dir"])
+        start = kept_blocks(s.task.config["model"], frozen)
+        tokens = Cached(network, start, None).trunk(s.batch.inputs)
+        cached = Cached(network, start, TokenCache(torch.empty(len(dataset), *tokens.shape[1:])))
+        bare = replace(s, batch=replace(s.batch, inputs=tokens))
+        what = f"ViT-S/14 at 98x98, {frozen} blocks frozen, dropout_blocks {dropout_blocks}"
+        times = pairs(lambda s=s: grpo_step(s), lambda s=s, c=cached: grpo_step(s, network=c), budget)
+        yield Row(f"images/s, {what}, tokens kept", [len(s.batch) / y for _, y in times])
+        yield Row("the same, tokens computed each time", [len(s.batch) / x for x, _ in times])
+        yield Row("their ratio", [x / y for x, y in times], at_least=at_least)
+        kept = partial(grpo_step, s, network=cached)
+        without = partial(grpo_step, bare, network=NoTrunk(network, start))
+        yield ratio("tokens kept ÷ a step without a trunk", kept, without, budget / 3, 1.25 if dropout_blocks else None)
 
 
 def actions_are_free(path: str, budget: float) -> Row:
@@ -334,6 +379,34 @@ def scan(count: int, classes: int = 1000) -> tuple[float, float]:
         return time.perf_counter() - begin, (resident("VmRSS") - before) / len(dataset)
 
 
+def scan_boxes(count: int, budget: float, per_image: int = 7) -> Row:
+    """Opening a detection folder of `count` images, which checks all of it ÷ only finding the files and their sizes."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.mkdir(f"{folder}/images")
+        Image.new("RGB", (640, 480)).save(picture := io.BytesIO(), "JPEG")
+        for i in range(count):
+            Path(f"{folder}/images/{i:012d}.jpg").write_bytes(picture.getvalue())
+        images = [{"id": i, "file_name": f"{i:012d}.jpg", "width": 640, "height": 480} for i in range(count)]
+        corner, size = torch.rand(2, count * per_image, 2, dtype=torch.float64) * 200 + 1
+        rows = torch.cat([corner, size], 1).round(decimals=2).tolist()
+        rows = [{"bbox": bbox, "image_id": i % count, "category_id": 1 + i % 80} for i, bbox in enumerate(rows)]
+        rows = [row | {"id": i, "area": 5.5, "iscrowd": 0, "segmentation": []} for i, row in enumerate(rows)]
+        coco = {"images": images, "annotations": rows, "categories": [{"id": 1 + i, "name": f"{i}"} for i in range(80)]}
+        Path(folder, "annotations.json").write_text(json.dumps(coco))
+        del images, rows, coco
+
+        def headers() -> None:
+            assert set(upright_sizes(find_images(folder))) == {(640, 480)}
+
+        def whole() -> None:
+            assert sum(map(len, DetectionDataset(folder, 224, 16).boxes)) == count * per_image
+
+        figure = f"opening {count} images with {per_image} boxes each ÷ finding them and their sizes"
+        times = pairs(whole, headers, budget)
+        print(f"{statistics.median(y for _, y in times):.1f} s to find the images and their sizes", flush=True)
+        return Row(figure, [x / y for x, y in times], 1.5)
+
+
 def memory_plan(task: Task, world: int = 1) -> dict[str, float]:
     """Bytes on each of `world` GPUs: weights, gradients and AdamW's two moments in float32, and what the forward pass
     of a micro-batch keeps for the backward pass. A block keeps, per token and unit of embed_dim, the inputs of norms,
@@ -343,9 +416,8 @@ def memory_plan(task: Task, world: int = 1) -> dict[str, float]:
     little more than keys and values."""
     config = task.config
     model, training = SimpleNamespace(**config["model"]), build.sections(config)[2]
-    shape = {k: v for k, v in config["model"].items() if k not in ("num_classes", "checkpoint_path", "compile")}
     with torch.device("meta"):
-        params = sum(p.numel() for p in VisionTransformer(**shape, num_classes=1000).parameters())
+        params = sum(p.numel() for p in VisionTransformer(**build.shape_of(config), num_classes=1000).parameters())
     tokens = 1 + (model.image_size // model.patch_size) ** 2
     stochastic = model.depth if model.dropout_blocks is None else model.dropout_blocks
     passes = config["rollout"]["num_mc_samples"]
@@ -371,6 +443,9 @@ def memory_plan(task: Task, world: int = 1) -> dict[str, float]:
 def figures(args: argparse.Namespace) -> Iterator[Row]:
     """All rows of the table, each as soon as it is measured."""
     first, budget = args.config[0], args.seconds
+    if args.frozen:
+        yield from frozen_trunk(first, args.images, budget)
+        return
     if args.tasks:
         for path, at_most in (("config_segmentation.yaml", 1.25), ("config_detection.yaml", None)):
             yield step_over_plain(path, {"rollout.actions_per_sample": 4}, "A = 4", at_most, budget)
@@ -392,8 +467,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", default=["config.yaml", "config_digits.yaml"], metavar="FILE")
     parser.add_argument("--tasks", action="store_true", help="masks and boxes instead (data/scenes has to be there)")
+    parser.add_argument("--frozen", action="store_true", help="kept tokens of frozen blocks instead")
+    parser.add_argument("--images", metavar="DIR", help="for --frozen: class folders of images (the config's)")
     parser.add_argument("--plan", action="store_true", help="GPU memory of the configs, by calculation")
     parser.add_argument("--scan", type=int, metavar="N", help="time and memory to find N image files")
+    parser.add_argument("--scan-boxes", type=int, metavar="N", help="time to open N images with boxes")
     parser.add_argument("--gpus", type=int, default=1, help="for --plan: over how many the batch is split (1)")
     parser.add_argument("--seconds", type=float, default=15, help="of repetitions for each figure (15)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch's (all cores)")
@@ -408,6 +486,8 @@ def main(argv: list[str] | None = None) -> int:
         elif args.scan:
             taken, size = scan(args.scan)
             print(f"{args.scan} files: {taken:.1f} s, {size:.0f} bytes of memory each")
+        elif args.scan_boxes:
+            print(scan_boxes(args.scan_boxes, args.seconds))
         elif args.plan:
             for path in args.config:
                 print(path)

@@ -1,0 +1,182 @@
+"""What folders hold, known before the first step: image files, their sizes, and whatever is wrong, in one list."""
+
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from PIL import ExifTags, Image, features
+
+from config import one_line
+from data_types import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+SUFFIXES += (".avif",) if features.check("avif") else ()
+NOT_READ = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".jpe", ".svg", ".eps", ".pdf", ".psd", ".ico", ".tga"}
+NOT_READ |= {".dcm", ".nii", ".exr", ".hdr", ".npy", ".npz", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".dng"}  # cameras'
+NOT_READ -= set(SUFFIXES)
+SYSTEM = {"@eadir", "__macosx", "$recycle.bin", "system volume information", "lost+found", "#recycle", "@recycle"}
+MOST_LINES = 10  # of one message
+OrientationTag, WidthTag, HeightTag = ExifTags.Base.Orientation, ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength
+
+
+def is_visible(name: str) -> bool:
+    """Whether a file or folder of this name is the user's: not hidden, not one that systems and archives leave."""
+    return not name.startswith(".") and name.lower() not in SYSTEM
+
+
+def same_name(name: str) -> str:
+    """`name` with its accents composed: macOS decomposes them, and the two look alike."""
+    return unicodedata.normalize("NFC", name)
+
+
+def folder_error(error: OSError) -> InputError:
+    return InputError(f"{error.filename}: cannot be opened ({error.strerror}); change its permissions or move it")
+
+
+def find_images(root: str, not_read: Counter | None = None) -> list[str]:
+    """All image files at any depth below `root`, sorted; links are followed, hidden and system folders are not.
+    not_read: counts, by suffix, the files that look like images of other formats. Raises InputError for a folder that
+    cannot be opened."""
+    found, visited = [], set()
+
+    def stop(error: OSError) -> None:
+        raise folder_error(error) from None
+
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=stop):
+        real = os.path.realpath(folder)
+        if real in visited:  # a link in a circle
+            subfolders.clear()
+            continue
+        visited.add(real)
+        subfolders[:] = sorted(filter(is_visible, subfolders))
+        for name in files:
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(SUFFIXES):
+                found.append(os.path.join(folder, name))
+            elif not_read is not None and (suffix := os.path.splitext(name)[1].lower()) in NOT_READ:
+                not_read[suffix] += 1
+    return sorted(found)
+
+
+def not_read_note(not_read: Counter) -> list[str]:
+    """What `find_images` counted, as lines to be said: one or none."""
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(not_read.items()))
+    return [f"not read: {kinds} (the formats that are: {' '.join(SUFFIXES)})"] if kinds else []
+
+
+def has_late_text(image: Image.Image) -> bool:
+    """Whether a PNG, just opened, has metadata behind its pixels, where Pillow finds it only by decoding them."""
+    image.fp.seek(image.tile[0].offset - 8)  # the first chunk of pixels: length and kind, the data, their check sum
+    while len(head := image.fp.read(8)) == 8:
+        if head[4:] in (b"eXIf", b"iTXt", b"zTXt", b"tEXt"):
+            return True
+        image.fp.seek(int.from_bytes(head[:4]) + 4, os.SEEK_CUR)
+    return False
+
+
+def upright_size(path: str) -> tuple[int, int]:
+    """Width and height of the image file as `images.decode_image` turns it, from its header. Raises InputError."""
+    try:
+        with Image.open(path) as image:
+            if image.format == "TIFF":  # Pillow turns these by itself, some versions on opening, others on loading
+                size, turn = (image.tag_v2[WidthTag], image.tag_v2[HeightTag]), image.tag_v2.get(OrientationTag, 1)
+            else:
+                early = image.format == "PNG" and not has_late_text(image)  # a PNG's own method decodes the pixels
+                exif = Image.Image.getexif(image) if early else image.getexif()
+                size, turn = image.size, exif.get(OrientationTag, 1)
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+        raise InputError(f"{path}: not a readable image ({one_line(error)}); repair or remove it") from error
+    return size[::-1] if turn in (5, 6, 7, 8) else size
+
+
+def upright_sizes(paths: Iterable[str]) -> list[tuple[int, int] | InputError]:
+    """`upright_size` of each file, or what is wrong with it."""
+
+    def read(path: str) -> tuple[int, int] | InputError:
+        try:
+            return upright_size(path)
+        except InputError as error:
+            return error
+
+    with ThreadPoolExecutor(8) as threads:  # a disk over the network takes its time to answer
+        return list(threads.map(read, paths, chunksize=64))
+
+
+def refuse(findings: list[str]) -> None:
+    """Raises InputError with all findings, one a line and at most ten lines, if there are any."""
+    if len(findings) > MOST_LINES:
+        findings = [*findings[: MOST_LINES - 1], f"… and {len(findings) - MOST_LINES + 1} more like these"]
+    if findings:
+        raise InputError(*findings)
+
+
+# --- Class folders ----------------------------------------------------------------------------------------------------
+
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval", "dev"}
+OTHER_PURPOSES = (  # what folders or files beside each other are made for
+    ({"images", "masks"}, "task=segmentation"),
+    ({"images", "annotations.json"}, "task=detection"),
+    ({"images", "labels"}, "task=detection (uv run tools/to_coco.py makes its format), or masks: task=segmentation"),
+    ({"images", "annotations"}, "task=detection, or masks: task=segmentation"),
+    ({"jpegimages", "annotations"}, "task=detection (uv run tools/to_coco.py makes its format)"),
+)
+FOLDER_HINT = "it should hold one subdirectory of images per class"
+
+
+def natural_key(name: str) -> tuple:
+    """Sorts names as people and timm do: 2 comes before 10."""
+    parts = re.split(r"(\d+)", name.lower())  # text and numbers in turn
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+
+
+def find_classes(root: str, known: Iterable[str] | None = None) -> dict[str, str]:
+    """Class name -> its folder in `root`, in natural order. known: the classes that there may be, None: any. Raises
+    InputError where there is none or an unknown one, where two look alike, or where `root` is made for something
+    else."""
+    if not os.path.isdir(root):
+        raise InputError(f"{root}: no such folder; {FOLDER_HINT}")
+    entries = list_folder(root)
+    names = sorted((e.name for e in entries if e.is_dir() and is_visible(e.name)), key=natural_key)
+    unknown = [name for name in names if known is None or same_name(name) not in set(map(same_name, known))]
+    if unknown:
+        refuse_other_purposes(root, names, entries)
+    if known is not None and unknown:
+        raise InputError(f"{root}: classes unknown in the training folder: {', '.join(unknown)}")
+    if not names:
+        raise InputError(f"{root}: no subdirectories; {FOLDER_HINT}")
+    folders: dict[str, str] = {}
+    for name in names:
+        if other := folders.get(same_name(name)):
+            raise InputError(f"{os.path.join(root, name)}: its name looks like that of {other}; rename one of them")
+        folders[same_name(name)] = os.path.join(root, name)
+    return folders
+
+
+def refuse_other_purposes(root: str, names: list[str], entries: list[os.DirEntry]) -> None:
+    """Raises InputError where the folders `names` of `root` are no classes, but splits, or parts of another format."""
+    if splits := [name for name in names if name.lower() in SPLITS] * ({*map(str.lower, names)} <= SPLITS):
+        raise InputError(f"{root}: it holds {', '.join(splits)}, not classes; name one of them: {root}/{splits[0]}")
+    present = {entry.name.lower() for entry in entries}
+    for marks, purpose in OTHER_PURPOSES:
+        if marks <= present:
+            raise InputError(f"{root}: it holds {' and '.join(sorted(marks))}, not classes; that is for {purpose}")
+
+
+def list_folder(root: str) -> list[os.DirEntry]:
+    """What lies in `root`. Raises InputError."""
+    try:
+        return list(os.scandir(root))
+    except OSError as error:
+        raise folder_error(error) from None
+
+
+def class_notes(root: str, classes: Iterable[str]) -> list[str]:
+    """Lines on images that lie beside the class folders, and on classes that are called like splits."""
+    loose = sorted(e.name for e in list_folder(root) if e.name.lower().endswith(SUFFIXES) and not e.is_dir())
+    loose, splits = list(filter(is_visible, loose)), [name for name in classes if name.lower() in SPLITS]
+    notes = [f"not read: {len(loose)} images beside the class folders, {loose[0]} the first"] if loose else []
+    return notes + [f"{', '.join(splits)} are taken for classes, though they are called like splits"] * bool(splits)

@@ -1,0 +1,150 @@
+"""folders.py: which files are found, and what is said of the others."""
+
+import os
+import unicodedata
+from collections import Counter
+from unittest import mock
+
+import pytest
+from conftest import message
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngImageFile, PngInfo
+
+from data_types import InputError
+from folders import SUFFIXES, class_notes, find_classes, find_images, not_read_note, refuse, upright_size
+
+
+def touch(path) -> str:
+    """An empty file, its folders made where they are missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    return str(path)
+
+
+def test_find_images_at_any_depth_with_any_case_of_suffix(tmp_path):
+    """Also in a folder that is named like an image; nothing else is found, and nothing hidden."""
+    names = [f"x.{s}" for s in ("png", "jpg", "jpeg", "bmp", "webp", "tif", "tiff", "gif", "jfif", "ppm", "pgm")]
+    names += [f"deep/er/{name.upper()}" for name in names] + ["deep/x.JpEg", "folder.png/z.png"]
+    expected = sorted(touch(tmp_path / name) for name in names)
+    for name in ("notes.txt", "png", "a.png.txt", "b.dat", ".a.png", ".hid/c.png", "deep/.hid/d.png", "deep/.e.JPG"):
+        touch(tmp_path / name)
+    (tmp_path / "empty.jpg").mkdir()
+    assert find_images(str(tmp_path)) == expected and len(expected) == 24
+
+
+def test_system_folders_are_left_alone_and_other_formats_counted(tmp_path):
+    """Whatever the case of their names; those that look like images and are not read are said, with their number."""
+    for name in ("@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found", "#recycle"):
+        touch(tmp_path / name / "a.png")
+        touch(tmp_path / "deep" / name.lower() / "a.png")
+    expected = [touch(tmp_path / "deep" / "a.png")]
+    for name in ("a.heic", "deep/B.HEIC", "c.jp2", ".d.heic", "notes.txt"):
+        touch(tmp_path / name)
+    not_read = Counter()
+    assert find_images(str(tmp_path), not_read) == expected and not_read == {".heic": 2, ".jp2": 1}
+    assert not_read_note(not_read) == [f"not read: 2 .heic, 1 .jp2 (the formats that are: {' '.join(SUFFIXES)})"]
+    assert not_read_note(Counter()) == []
+
+
+def test_a_folder_that_cannot_be_opened_is_an_error(tmp_path):
+    """Anywhere; its images would be missing in silence."""
+    touch(tmp_path / "a" / "b" / "c.png")
+    scandir, shut = os.scandir, tmp_path / "a" / "b"
+
+    def refusing(path):
+        if str(path) == str(shut):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    with mock.patch("os.scandir", refusing):
+        expected = f"{shut}: cannot be opened (Permission denied); change its permissions or move it"
+        assert message(find_images, str(tmp_path)) == message(find_classes, str(shut)) == expected
+
+
+def test_classes_are_in_natural_order(tmp_path):
+    """Numbers by their value, as in timm; system folders are none; the same name in other code points is one class."""
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    for name in ("10", "9", "1", "x2", "X10", "x1", decomposed, "@eaDir", "__MACOSX", ".git"):
+        (tmp_path / name).mkdir()
+    touch(tmp_path / "b.png")
+    touch(tmp_path / "a.JPG")
+    touch(tmp_path / "notes.txt")
+    found = find_classes(str(tmp_path))
+    assert list(found) == ["1", "9", "10", composed, "x1", "x2", "X10"]
+    assert found[composed] == str(tmp_path / decomposed)
+    assert class_notes(str(tmp_path), found) == ["not read: 2 images beside the class folders, a.JPG the first"]
+    assert list(find_classes(str(tmp_path), list(found))) == list(found)
+    (tmp_path / composed).mkdir()
+    text = message(find_classes, str(tmp_path))
+    assert "its name looks like that of" in text and text.endswith("; rename one of them")
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (["train", "val"], "it holds train, val, not classes; name one of them: {}/train"),
+        (["Train", "TEST"], "it holds TEST, Train, not classes; name one of them: {}/TEST"),
+        (["images", "masks"], "it holds images and masks, not classes; that is for task=segmentation"),
+        (
+            ["images", "annotations.json"],
+            "it holds annotations.json and images, not classes; that is for task=de",
+        ),
+        (["JPEGImages", "Annotations", "ImageSets"], "it holds annotations and jpegimages, not classes; that is for "),
+        (
+            ["images", "labels"],
+            "it holds images and labels, not classes; that is for task=detection (uv run ",
+        ),
+    ],
+)
+def test_folders_made_for_something_else_are_no_classes(tmp_path, names, expected):
+    """Splits, and the parts of another task's format; unless they are the classes of the training folder."""
+    for name in names:
+        touch(tmp_path / name) if "." in name else (tmp_path / name).mkdir()
+    assert message(find_classes, str(tmp_path)).startswith(f"{tmp_path}: {expected.format(tmp_path)}")
+    known = sorted(name for name in names if "." not in name)
+    assert sorted(find_classes(str(tmp_path), known)) == known
+    for i in range(2):
+        (tmp_path / f"class{i}").mkdir()
+    if "train" in names:  # which is also something to recognise
+        classes = find_classes(str(tmp_path))
+        [note] = class_notes(str(tmp_path), classes)
+        assert len(classes) == 4 and note == "train, val are taken for classes, though they are called like splits"
+
+
+def test_all_findings_are_one_message_of_at_most_ten_lines():
+    refuse([])
+    assert message(refuse, ["a\nb"]) == "a\\nb"
+    for count, last in ((10, "9"), (100, "… and 91 more like these")):
+        with pytest.raises(InputError) as caught:
+            refuse([str(i) for i in range(count)])
+        assert str(caught.value).split("\n") == [*"012345678", last]
+
+
+def test_find_images_follows_links_but_not_in_circles(tmp_path):
+    """A link in a circle adds nothing; linked files and folders count, a folder of many names once, under the first."""
+    own = touch(tmp_path / "class" / "own.png")
+    touch(tmp_path / "elsewhere" / "far.png")
+    for name, to in (("loop", "../class"), ("b", "../elsewhere"), ("a", "../elsewhere"), ("linked.png", own)):
+        (tmp_path / "class" / name).symlink_to(to)
+    found = [os.path.relpath(path, tmp_path / "class") for path in find_images(str(tmp_path / "class"))]
+    assert found == ["a/far.png", "linked.png", "own.png"]
+
+
+@pytest.mark.parametrize("place", ["before the pixels", "behind the pixels", "in text"])
+def test_the_size_of_a_turned_png_takes_no_decoding(tmp_path, monkeypatch, place):
+    """Unless its orientation stands behind the pixels, where some tools write it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    text = PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
+    Image.new("L", (3, 2)).save(
+        path := tmp_path / "a.png", **({"pnginfo": text} if place == "in text" else {"exif": exif})
+    )
+    if place == "behind the pixels":
+        data = path.read_bytes()
+        start, pixels, end = (data.index(kind) - 4 for kind in (b"eXIf", b"IDAT", b"IEND"))
+        path.write_bytes(data[:start] + data[pixels:end] + data[start:pixels] + data[end:])
+    assert ImageOps.exif_transpose(Image.open(path)).size == (2, 3) == upright_size(str(path))
+    monkeypatch.setattr(PngImageFile, "load_prepare", lambda self: pytest.fail("the pixels were decoded"))
+    if place != "behind the pixels":
+        assert upright_size(str(path)) == (2, 3)
