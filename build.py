@@ -221,7 +221,7 @@ def layers_of(file: tuple[str, dict], overrides: tuple[str, dict]) -> tuple[list
     """The layers of a new run's config, and lines about them. The sizes of the model are those of the file of
     model.checkpoint_path: those of the config file yield. Raises InputError for others on the command line."""
     values = [{name: value for name, value in layer.items() if value is not None} for _, layer in (file, overrides)]
-    path = (values[0] | values[1]).get("model.checkpoint_path")
+    path = (file[1] | overrides[1]).get("model.checkpoint_path")
     if not isinstance(path, str):
         return [file, overrides], []
     found = read_pretrained(os.path.expanduser(path))
