@@ -6,12 +6,15 @@ import inspect
 import math
 import os
 import tempfile
+import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from checkpoint import best_metric, load_checkpoint
 from config import (
@@ -28,7 +31,9 @@ from config import (
     read_yaml,
 )
 from data_types import InputError
+from deciding import Decider, decision_path, digest, load_decision
 from detection_task import Detection
+from evaluation import evaluate
 from grpo import Reward, RolloutSettings, UpdateSettings, keyed_rng
 from images import (
     BadImages,
@@ -43,6 +48,7 @@ from images import (
 from pretrained import load_weights, read_pretrained
 from processes import rank_and_world
 from report import Console
+from scores import READY, ConfusionScore, RewardEvaluation
 from segmentation_task import Segmentation
 from token_cache import Cached, TokenCache, allocate, kept_blocks
 from vision_task import Classification, Task
@@ -99,18 +105,83 @@ def configure(*layers: tuple[str, dict]) -> tuple[dict, Task]:
     return config, task(config)
 
 
+def is_score(name: str, function: Callable) -> bool:
+    """Whether a function is a score of the confusion matrix, as one parameter says, or a reward, of four parameters.
+    Raises InputError if it is neither."""
+    try:
+        signature = inspect.signature(function)
+        needed = [p for p in signature.parameters.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+        if len(needed) == 1 and needed[0].kind in (needed[0].POSITIONAL_ONLY, needed[0].POSITIONAL_OR_KEYWORD):
+            return True
+        signature.bind(*range(4))
+    except ValueError:  # of a function that is not Python's
+        return False
+    except TypeError:
+        wanted = "four parameters (actions, outputs, targets, metadata), or one: (confusion)"
+        raise InputError(f"rollout.reward: {name} takes {signature}; expected {wanted}") from None
+    return False
+
+
+def copied(value: Any) -> Any:
+    """A tensor, list or dict that can be written into without harm; anything else as it is."""
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    return value.clone() if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value
+
+
+def guarded(name: str, reward: Callable) -> Callable:
+    """A user's reward that cannot hurt: it gets copies, and an error inside it is an InputError that names the reward
+    and the line."""
+
+    def call(*arguments: Any) -> Any:
+        try:
+            return reward(*map(copied, arguments))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)[1:]
+            code = getattr(reward, "__code__", None)
+            own = [frame for frame in frames if code and frame.filename == code.co_filename] or frames
+            where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+            raise InputError(f"rollout.reward: {name}: {type(error).__name__}: {one_line(error)}{where}") from error
+
+    return call
+
+
+def load_reward(task: Task, name: str) -> Reward:
+    """One of the task's rewards, a score that is ready in `scores.py`, or path/to/file.py:function of either kind.
+    Raises InputError."""
+    path, colon, function = name.rpartition(":")
+    known = READY | task.rewards
+    reward = getattr(load_user_file(path, "rollout.reward"), function, None) if colon else known.get(name)
+    if not callable(reward):
+        where = f"in {path}" if colon else f"in {', '.join(task.rewards | READY)}; your own is path/to/file.py:function"
+        raise InputError(f"rollout.reward: no function {function} {where}")
+    one_parameter = is_score(name, reward)
+    if colon or type(task) not in TASKS.values():
+        reward = guarded(name, reward)
+    return ConfusionScore(name, reward, task) if one_parameter else reward
+
+
 def load_rewards(task: Task) -> dict[str, tuple[Reward, float]]:
-    """rollout.reward, name -> weight, as name -> (function, weight). A name is one of the task's rewards, or
-    path/to/file.py:function. Raises InputError."""
-    rewards = {}
-    for name, weight in (task.config["rollout"]["reward"] or {next(iter(task.rewards)): 1.0}).items():
-        path, colon, function = name.rpartition(":")
-        reward = getattr(load_user_file(path, "rollout.reward"), function, None) if colon else task.rewards.get(name)
-        if not callable(reward):
-            where = f"in {path}" if colon else f"in {', '.join(task.rewards)}; your own is path/to/file.py:function"
-            raise InputError(f"rollout.reward: no function {function} {where}")
-        rewards[name] = reward, weight
-    return rewards
+    """rollout.reward, name -> weight, as name -> (function, weight); null is the task's first. Raises InputError."""
+    weights = task.config["rollout"]["reward"] or {next(iter(task.rewards)): 1.0}
+    return {name: (load_reward(task, name), weight) for name, weight in weights.items()}
+
+
+def load_eval_rewards(task: Task, rewards: dict[str, tuple[Reward, float]]) -> dict[str, tuple[Reward, float]]:
+    """The run's rewards, and training.best with weight 0 if that names a score of the confusion matrix. Raises
+    InputError."""
+    name = task.config["training"]["best"]
+    if not name or name.startswith(("eval/", "eval_mc/")) or name in rewards:
+        return rewards
+    try:
+        score = load_reward(task, name)
+    except InputError as error:
+        raise InputError(f"training.best: {str(error).removeprefix('rollout.reward: ')}") from None
+    if not isinstance(score, ConfusionScore):
+        raise InputError(f"training.best: {name}: expected a metric, as eval/nll, or a score of the confusion matrix")
+    return rewards | {name: (score, 0.0)}
 
 
 def sections(config: dict) -> tuple[SimpleNamespace, ...]:
@@ -292,8 +363,9 @@ def open_run(args: argparse.Namespace, console: Console) -> tuple[Task, Path, di
 
 
 def check_writable(training: SimpleNamespace) -> None:
-    """Raises InputError where checkpoints or TensorBoard's events cannot be written. Leaves nothing behind."""
-    for key in ("ckpt_dir", "log_dir"):
+    """Raises InputError where checkpoints or TensorBoard's events, which rank 0 writes, cannot be written. Leaves
+    nothing behind."""
+    for key in () if rank_and_world()[0] else ("ckpt_dir", "log_dir"):
         folder = Path(getattr(training, key), training.run_name)
         new = [path for path in (folder, *folder.parents) if not path.exists()]
         try:
@@ -334,6 +406,38 @@ def open_eval_batches(
     return Batches(partial(ordered_batches, dataset, size, loading, *rank_and_world()), keep)
 
 
+def open_judge(
+    task: Task, rewards: dict[str, tuple[Reward, float]], state: dict | None = None
+) -> Callable[[], RewardEvaluation]:
+    """What makes the `RewardEvaluation` of an evaluation, that decides as training.decide says; by what was fitted for
+    the run's checkpoint `state` where there is one. Raises InputError."""
+    decider = None
+    if task.config["training"]["decide"] == "reward":
+        training = task.config["training"]
+        if hasattr(task, "thresholds"):
+            raise InputError("training.decide: reward: boxes are decided in predict.py alone, see --fit there")
+        path = decision_path(Path(training["ckpt_dir"], training["run_name"]))
+        weighted = {name: reward for name, reward in rewards.items() if reward[1]}
+        fitted = load_decision(path, digest(state), list(weighted)) if state and path.exists() else None
+        decider = Decider(task, weighted, fitted)
+    return partial(RewardEvaluation, task, rewards, decider)
+
+
+def check_evaluation(
+    task: Task, network: nn.Module, batches: Batches | None, eval_set: ImageDataset | None, judge: Callable
+) -> None:
+    """Raises InputError now, not at the first evaluation, if one batch cannot be decided as training.decide says, or
+    has not the metric that training.best is. (That of a single class may be missing from a batch.)"""
+    training = task.config["training"]
+    name = training["best"] or ""
+    of_all = name.startswith(("eval/", "eval_mc/")) and name.count("/") == 1
+    if batches and (of_all or training["decide"] == "reward") and len(batch := next(iter(batches), ())):
+        rewards = judge()
+        metrics = evaluate(task, network, [batch], eval_set, rewards=rewards).metrics() | rewards.metrics()
+        if of_all:
+            task.best_metric(metrics)
+
+
 def open_data(task: Task, state: dict | None, console: Console) -> tuple[ImageDataset, ImageDataset | None, bool]:
     """The data sets of training and evaluation, and whether decoded images are kept. What the training folder's format
     says of the classes holds for the evaluation's, too. Raises InputError."""
@@ -344,7 +448,7 @@ def open_data(task: Task, state: dict | None, console: Console) -> tuple[ImageDa
     console.line(f"{data.train_dir}: {len(train_set)} images of {found} classes (id name): {shown}")
     say_notes(train_set, console)
     eval_set = None
-    if data.eval_dir and not Path(data.eval_dir).exists() and state and best_metric(state) == -math.inf:
+    if data.eval_dir and not Path(data.eval_dir).exists() and state and best_metric(state) is None:
         task.config["data"]["eval_dir"] = data.eval_dir = None  # older versions began such a run without evaluation
     if not data.eval_dir:
         console.line("data.eval_dir: null; training without evaluation")

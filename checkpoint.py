@@ -144,23 +144,35 @@ def load_whole(path: Path) -> dict[str, Any]:
     return state
 
 
-def best_metric(state: dict[str, Any]) -> float:
-    """That of best.pt; -inf: the run was never evaluated."""
-    older = state.get("best_figure", state.get("best_accuracy", -math.inf))  # its names in older versions
-    return state.get("best_metric", older)
+def best_metric(state: dict[str, Any]) -> float | None:
+    """That of best.pt, under older names too; None: the run was never evaluated."""
+    metric = state.get("best_metric", state.get("best_figure", state.get("best_accuracy")))
+    return None if metric == -math.inf else metric  # as older runs began
 
 
 @dataclass
 class Progress:
     """What is carried from step to step beside the weights; all of it is in the checkpoint. step: how many are done.
-    best_metric: of best.pt. live_share: of live groups, at the last log. dead_steps: the last ones without a live
-    group. rows: `update_policy`'s metrics since the last log."""
+    best_metric: of best.pt, None before the first evaluation. best_name: its name. stale: how many evaluations there
+    were since. live_share: of live groups, at the last log. dead_steps: the last ones without a live group. rows:
+    `update_policy`'s metrics since the last log. confusions: the state of each `ConfusionScore`."""
 
     step: int = 0
-    best_metric: float = -math.inf
+    best_metric: float | None = None
+    best_name: str | None = None
+    stale: int = 0
     live_share: float = 1.0
     dead_steps: int = 0
     rows: list[dict[str, Tensor]] = field(default_factory=list)
+    confusions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def is_best(self, name: str, value: float, lower: bool) -> bool:
+        """Whether an evaluation's metric is the best of its name so far, as the first one is; takes note of it. lower:
+        whether less is better."""
+        best = self.best_metric if self.best_name in (name, None) else None  # a resumed run may go by another metric
+        better = best is None or (value < best if lower else value > best) or (math.isnan(best) and value == value)
+        self.best_name, self.best_metric, self.stale = name, value if better else best, 0 if better else self.stale + 1
+        return better
 
 
 def restore(state: dict[str, Any], optimizer: torch.optim.Optimizer, config: dict) -> Progress:
@@ -178,8 +190,8 @@ def restore(state: dict[str, Any], optimizer: torch.optim.Optimizer, config: dic
         ) from None
     for group, own in zip(optimizer.param_groups, kept):
         group |= own
-    state = {"best_metric": best_metric(state)} | state
-    progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
+    state = state | {"best_metric": best_metric(state)}
+    progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__ if name in state})
     device = optimizer.param_groups[0]["params"][0].device
     progress.rows = [{name: value.to(device) for name, value in row.items()} for row in progress.rows]
     return progress

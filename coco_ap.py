@@ -55,17 +55,10 @@ def interpolated_precision(scores: np.ndarray, hit: np.ndarray, miss: np.ndarray
     return np.array([p[np.searchsorted(r, RECALLS)].mean() for p, r in zip(precision, hits / num_truths)])
 
 
-def average_precision(
-    detections: list[dict[str, Tensor]], truths: list[dict[str, Tensor]], num_classes: int
-) -> dict[str, float | list[float]]:
-    """COCO's mAP@[.5:.95], AP50 and AP75 over one data set: all areas, the best 100 detections per image and class.
-
-    detections: per image {"boxes": [n, 4] x0 y0 x1 y1 in pixels, "scores": [n], "labels": [n] in 0…num_classes - 1}
-    truths: per image {"boxes": [m, 4], "labels": [m], "crowd": [m] bool}; other labels are left out, as in COCO
-    Returns {"map", "ap50", "ap75": means over the classes with a truth that is no crowd, "ap_per_class": list
-    of the mAP of each, nan for the others}, all in 0…1. Without any such class the means are nan (pycocotools: -1).
-    """
-    parts = defaultdict(list)  # class -> of each image the scores [D], hit [T, D], miss [T, D], number of truths
+def matched(detections: list[dict[str, Tensor]], truths: list[dict[str, Tensor]]) -> dict[int, list[tuple]]:
+    """Class -> of each image with it the scores [D], hit [T, D], miss [T, D], and the number of truths that are no
+    crowds; see `average_precision`."""
+    parts = defaultdict(list)
     for detected, true in zip(detections, truths, strict=True):
         labels, true_labels = detected["labels"].numpy(), true["labels"].numpy()
         all_boxes, all_true = (x["boxes"].double().reshape(-1, 4) for x in (detected, true))
@@ -78,6 +71,20 @@ def average_precision(
             iou = box_iou(all_boxes[best][:, None], all_true[chosen], torch.from_numpy(crowd))
             found, void = match(iou.numpy(), crowd)
             parts[k].append((all_scores[best], found & ~void, ~found, (~crowd).sum()))
+    return parts
+
+
+def average_precision(
+    detections: list[dict[str, Tensor]], truths: list[dict[str, Tensor]], num_classes: int
+) -> dict[str, float | list[float]]:
+    """COCO's mAP@[.5:.95], AP50 and AP75 over one data set: all areas, the best 100 detections per image and class.
+
+    detections: per image {"boxes": [n, 4] x0 y0 x1 y1 in pixels, "scores": [n], "labels": [n] in 0…num_classes - 1}
+    truths: per image {"boxes": [m, 4], "labels": [m], "crowd": [m] bool}; other labels are left out, as in COCO
+    Returns {"map", "ap50", "ap75": means over the classes with a truth that is no crowd, "ap_per_class": list
+    of the mAP of each, nan for the others}, all in 0…1. Without any such class the means are nan (pycocotools: -1).
+    """
+    parts = matched(detections, truths)
     ap = np.full((num_classes, len(IOU_THRESHOLDS)), np.nan)
     for k in range(num_classes):
         if num_truths := sum(part[3] for part in parts[k]):

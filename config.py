@@ -98,7 +98,13 @@ SCHEMA: dict[str, Key] = {  # of every run; a task has further keys of its own (
     "data.token_dtype": Key("float32", str, "numbers that are kept", **one_of("float32", "bfloat16")),
     "rollout.num_mc_samples": Key(4, int, "T, Monte Carlo Dropout passes per image", **at_least(1)),
     "rollout.actions_per_sample": Key(16, int, "A, actions drawn per pass (1 for action: argmax)", **at_least(1)),
-    "rollout.action": Key("sample", str, "draws from the policy, or its mode", **one_of("sample", "argmax")),
+    "rollout.action": Key(
+        "sample",
+        str,
+        "draws from the policy, its mode, or each choice by its weight",
+        **one_of("sample", "argmax", "all"),
+    ),
+    "rollout.max_choices": Key(1000, int, "the most choices of an element for action: all", **at_least(2)),
     "rollout.advantage": Key("maxrl", str, "advantage estimator", **one_of("grpo", "rloo", "maxrl")),
     "rollout.reward": Key(
         None,
@@ -125,6 +131,7 @@ SCHEMA: dict[str, Key] = {  # of every run; a task has further keys of its own (
     "training.update_epochs": Key(1, int, "optimizer steps per rollout", **at_least(1)),
     "training.kl_coef": Key(0.0, float, "weight of KL(policy || the model training started from)", **at_least(0)),
     "training.entropy_coef": Key(0.0, float, "weight of the entropy bonus", **at_least(0)),
+    "training.label_coef": Key(0.0, float, "weight of the supervised loss beside the rewards'", **at_least(0)),
     "training.device": Key("auto", str, "auto (cuda, mps, cpu in this order), cpu, cuda, cuda:1, mps"),
     "training.dtype": Key("auto", str, "auto: bfloat16 where the GPU has it", **one_of("auto", "float32", "bfloat16")),
     "training.seed": Key(0, int, "all randomness is a function of it", **at_least(0)),
@@ -133,6 +140,16 @@ SCHEMA: dict[str, Key] = {  # of every run; a task has further keys of its own (
     "training.run_name": Key(None, str, "null: the config file's name", **FOLDER),
     "training.log_interval": Key(10, int, "steps between points in TensorBoard", **at_least(1)),
     "training.eval_interval": Key(100, int, "steps between evaluations", **at_least(1)),
+    "training.best": Key(
+        None,
+        str,
+        "chooses best.pt: a metric, as eval/nll, or a score of the confusion matrix; null: eval/reward, or the task's "
+        "own metric where the reward is its first",
+    ),
+    "training.decide": Key(
+        "argmax", str, "in evaluations; reward: the highest expected one", **one_of("argmax", "reward")
+    ),
+    "training.patience": Key(None, int, "ends the run after so many evaluations without a better one", **at_least(1)),
     "training.save_interval": Key(200, int, "steps between checkpoints", **at_least(1)),
     "training.keep_checkpoints": Key(3, int, "step_*.pt files to keep; last.pt and best.pt stay", **at_least(1)),
 }
@@ -323,13 +340,17 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def load_file(path: str) -> ModuleType:
-    """A user's Python file as a module, executed once as long as it does not change. A worker process finds it again
-    by its path (`images.py`), since its name cannot be imported. Raises what the file raises."""
+    """A user's Python file as a module, executed once as long as it does not change. It may import the modules beside
+    it, but for those with the name of one of ours. A worker process finds it again by its path (`images.py`), since its
+    name cannot be imported. Raises what the file raises."""
     if not path.endswith(".py"):
         raise ImportError("its name should end in .py")
     name = f"file_{hashlib.blake2b(os.path.abspath(path).encode(), digest_size=8).hexdigest()}"
     stat = os.stat(path)
     version = stat.st_mtime_ns, stat.st_size
+    folder = os.path.dirname(os.path.abspath(path))
+    if folder not in sys.path:
+        sys.path.append(folder)  # at the end, and for good: a function may import when it is called
     if name in sys.modules and sys.modules[name].loaded_by_path == version:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

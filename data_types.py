@@ -69,14 +69,20 @@ class TensorMiniBatch:
 
 @dataclass
 class Credit:
-    """What a reward returns that has done its own credit assignment: advantages that are finished.
+    """What a reward returns that has done its own credit assignment, and skips the estimator: advantages that are
+    finished, or values of alternatives, or both, which are added.
 
-    advantages: [B, T, A], one per action, or [B, T, A, E…], one per element; they skip the estimator.
+    advantages: [B, T, A], one per action, or [B, T, A, E…], one per element.
     rewards: the scores behind them, [B, T, A] or [B, T, A, E…], for the log.
+    values: [B, T, E…, K], what each of the K choices of an element would be worth, the other elements as drawn; its
+        advantage is its value minus the policy's mean value, and the loss is the exact mean over the choices. Only
+        differences matter. The loss is a mean over elements, so the values of a score of a whole action are to be
+        multiplied by how many of its elements count: then an action of more elements means the same.
     """
 
-    advantages: Tensor
+    advantages: Tensor | None
     rewards: Tensor
+    values: Tensor | None = None
 
 
 @dataclass
@@ -85,15 +91,19 @@ class Episode:
 
     inputs: [B, C, H, W], what the model was given.
     masks: the dropout masks of each stochastic layer, name -> [B, T, 1, width]. An update must reuse them.
-    actions: [B, T, A, E…], and after that the dimensions of one element if it is no plain number (a box's four).
-    log_probs: [B, T, A, E…] of the actions under the policy that drew them; with its graph if the rollout kept one.
-    rewards: [B, T, A], one score per action, or [B, T, A, E…], one per element.
-    advantages: [B, T, A] or [B, T, A, E…].
+    actions: the drawn ones, [B, T, A, E…], and after that the dimensions of one element if it is no plain number (a
+        box's four). A is 0 where nothing is learned from draws.
+    log_probs: [B, T, N, E…] under the policy of the rollout; with its graph if that kept one. N is A; with `weights` it
+        is A + K, the drawn actions and then every choice of each element.
+    rewards: [B, T, A], one score per action, or [B, T, A, E…], one per element; of `action: all` [B, T, N, E…].
+    advantages: [B, T, A] or [B, T, N, E…]; with `weights` they are multiplied by these.
     metadata: `predicted`, [B, T, E…], the mode of each pass (the predicted class index); `targets`, [B, …];
-        `reward_terms`, name -> that reward by itself, before weights; `entropy`, [B, T, E…], of the policy; `paths`,
-        `indices` and the rest of the batch's.
+        `reward_terms`, name -> that reward by itself, before weights; `reward_weights`, `weights` if they are those of
+        the rewards too, or None; `entropy`, [B, T, E…], of the policy; `paths`, `indices` and the rest of the batch's.
     policy: the distribution itself, batch shape [B, T, E…]; None once detached.
     counted: [B, E…] bool, the elements that count; None: all.
+    weights: [B, T, N, E…] >= 0, what each action counts in a mean over N, its probability times N where it is a choice;
+        None: all alike.
     """
 
     inputs: Tensor
@@ -105,13 +115,14 @@ class Episode:
     metadata: dict = field(default_factory=dict)
     policy: Distribution | None = None
     counted: Tensor | None = None
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def counted_in(self, values: Tensor) -> Tensor | None:
         """`counted` where `values`, [B, T, A] or [B, T, A, E…], has the elements; None, all, where it has not."""
-        return self.counted if values.shape == self.log_probs.shape else None
+        return self.counted if values.ndim == self.log_probs.ndim else None
 
     def detach(self) -> "Episode":
         """The same episode without its graph: what a replay needs and no more."""
@@ -133,8 +144,8 @@ class Episode:
     def map(function: Callable[[list[Tensor]], Tensor], episodes: list["Episode"]) -> "Episode":
         """Apply `function` to the list of each tensor of detached episodes."""
         first = episodes[0]
-        tensors = ("inputs", "actions", "log_probs", "rewards", "advantages")
-        tensors += () if first.counted is None else ("counted",)
+        tensors = ["inputs", "actions", "log_probs", "rewards", "advantages"]
+        tensors += [name for name in ("counted", "weights") if getattr(first, name) is not None]
         return Episode(
             **{name: function([getattr(e, name) for e in episodes]) for name in tensors},
             masks={name: function([e.masks[name] for e in episodes]) for name in first.masks},

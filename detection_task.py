@@ -5,12 +5,10 @@ class (K: background) and its box, [2, P], and each element is four numbers, [2,
 A box in the head's raw space is (dx, dy, log w, log h): its centre from the patch's centre and its size, in patches.
 """
 
-import json
 import math
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -19,13 +17,15 @@ from torch.distributions import Categorical, Distribution, Independent, Normal, 
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from coco_ap import average_precision, box_iou
+from coco_annotations import read_annotations
+from coco_ap import average_precision, box_iou, matched
 from config import FRACTION, POSITIVE, Key, one_of
-from data_types import InputError, TensorMiniBatch
+from data_types import Credit, InputError, TensorMiniBatch
 from evaluation import DenseEvaluation, predictive_entropy, to_picture, to_tensor
-from folders import upright_size
-from grpo import nll
-from images import ImageDataset, decode_image, draw_mirrored, mirror
+from folders import same_name, upright_size
+from grpo import compute_advantages, nll
+from images import ImageDataset, draw_mirrored, mirror
+from set_credit import THRESHOLDS, set_values
 from vision_task import Task
 
 BOX_PIXELS = 192  # side of a picture with boxes
@@ -33,105 +33,64 @@ SHOWN_SCORE = 0.5  # of boxes in words and pictures; --json has all from detecti
 MAX_LOG_SIZE = math.log(1000.0)  # patches; beyond lies overflow, not a box
 
 
-def read_annotations(root: str) -> tuple[list[dict], dict[int, str]]:
-    """root/annotations.json in COCO's format -> images, each with `objects`: (category id, x0, y0, x1, y1, crowd), and
-    the categories, id -> name. Raises InputError with one line for whatever does not fit together."""
-    path = Path(root, "annotations.json")
-
-    def bad(what: str) -> InputError:
-        return InputError(f"{path}: {what}")
-
-    try:
-        coco = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise bad("no such file; a detection folder holds images/ and annotations.json in COCO's format") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise bad(f"cannot be read ({' '.join(str(error).split())})") from None
-    for section, keys in {
-        "images": ("id", "file_name", "width", "height"),
-        "annotations": ("image_id", "category_id", "bbox"),
-        "categories": ("id", "name"),
-    }.items():
-        rows = coco.get(section) if isinstance(coco, dict) else None
-        if not isinstance(rows, list):
-            raise bad(f"it should hold a list of {section}")
-        for i, row in enumerate(rows):
-            missing = [key for key in keys if key not in row] if isinstance(row, dict) else keys
-            if missing:
-                raise bad(f"{section}[{i}] has no {missing[0]}")
-            if not all(type(row[key]) is int for key in keys if key.endswith("id")):
-                raise bad(f"{section}[{i}]: its ids should be whole numbers")
-    categories: dict[int, str] = {}
-    for row in coco["categories"]:
-        if row["id"] in categories or str(row["name"]) in categories.values():
-            raise bad(f"category {row['id']} ({row['name']}) is there twice")
-        categories[row["id"]] = str(row["name"])
-    images: dict[int, dict] = {}
-    for row in coco["images"]:
-        name = f"image {row['id']} ({row['file_name']})"
-        if row["id"] in images:
-            raise bad(f"{name} is there twice")
-        if not all(type(row[side]) is int and 0 < row[side] < 1e9 for side in ("width", "height")):
-            raise bad(f"{name}: width and height should be whole numbers > 0")
-        file = os.path.join(root, "images", str(row["file_name"]))
-        if not os.path.isfile(file):
-            raise bad(f"{name}: there is no file {file}")
-        images[row["id"]] = {"path": file, "size": (row["width"], row["height"]), "objects": []}
-    if not images:
-        raise bad("it names no image")
-    for i, row in enumerate(coco["annotations"]):
-        name = f"annotation {row.get('id', i)}"
-        image, box = images.get(row["image_id"]), row["bbox"]
-        if image is None:
-            raise bad(f"{name}: there is no image {row['image_id']}")
-        if row["category_id"] not in categories:
-            raise bad(f"{name}: there is no category {row['category_id']}")
-        numbers = isinstance(box, list) and all(type(x) in (int, float) and abs(x) < 1e9 for x in box)
-        if not (numbers and len(box) == 4 and min(box[2:]) >= 0):
-            raise bad(f"{name}: bbox {box} should be four finite numbers: x, y, width >= 0, height >= 0")
-        x0, y0, x1, y1 = *box[:2], box[0] + box[2], box[1] + box[3]
-        width, height = image["size"]
-        if x0 < -1 or y0 < -1 or x1 > width + 1 or y1 > height + 1:  # 1: rounding
-            raise bad(f"{name}: bbox {box} is outside its image of {width}x{height} pixels")
-        image["objects"].append((row["category_id"], x0, y0, x1, y1, bool(row.get("iscrowd", 0))))
-    return list(images.values()), categories
-
-
 class DetectionDataset(ImageDataset):
-    """A folder of `images/` and `annotations.json` in COCO's format. Images without objects belong to it.
+    """A folder of images and an annotation file in COCO's format, or that file. Images without objects belong to it.
 
-    classes: the class names whose order gives the ids; None takes the file's categories by ascending id. Item i is the
-    image, uint8 [3, image_size, image_size]; boxes are scaled with it. Raises InputError for a file that does not fit
-    COCO's format, the images or `classes`.
+    classes: the class names whose order gives the ids; None takes the file's categories by ascending id. annotations:
+    which file, see `coco_annotations.find_annotations`. skip_bad: image files that cannot be read are met when they are
+    decoded. Item i is the image, uint8 [3, image_size, image_size]; boxes are scaled with it. Raises InputError for
+    what does not fit COCO's format, the images or `classes`.
     """
 
-    def __init__(self, root: str, image_size: int, patch_size: int, classes: list[str] | None = None):
-        images, categories = read_annotations(root)
-        self.root, self.image_size, self.patch_size = root, image_size, patch_size
-        self.classes = list(classes) if classes else [categories[i] for i in sorted(categories)]
-        path = os.path.join(root, "annotations.json")
+    def __init__(
+        self,
+        root: str,
+        image_size: int,
+        patch_size: int,
+        classes: list[str] | None = None,
+        annotations: str | None = None,
+        skip_bad: bool = False,
+    ):
+        found = read_annotations(root, annotations, skip_bad)
+        self.root, self.image_size, self.patch_size = found.root, image_size, patch_size
+        self.paths, self.sizes = found.paths, found.sizes
+        names = list(found.categories.values())
+        self.classes = list(classes) if classes else names
         if not self.classes:
-            raise InputError(f"{path}: it names no category")
-        if unknown := sorted(set(categories.values()) - set(self.classes)):
-            raise InputError(f"{path}: categories unknown in training: {', '.join(unknown)}")
-        label = {i: self.classes.index(name) for i, name in categories.items()}
-        self.paths = [image["path"] for image in images]
-        self.sizes = [image["size"] for image in images]
-        self.boxes, self.labels, self.crowd = [], [], []  # per image: [m, 4] x0 y0 x1 y1 in resized pixels, [m], [m]
-        for image in images:
-            rows = [(label[category], *rest) for category, *rest in image["objects"]]
-            objects = torch.tensor(rows, dtype=torch.float64).view(-1, 6)
-            scale = image_size / torch.tensor(image["size"] * 2, dtype=torch.float64)
-            self.boxes.append((objects[:, 1:5] * scale).float())
-            self.labels.append(objects[:, 0].long())
-            self.crowd.append(objects[:, 5].bool())
+            raise InputError(f"{found.file}: it names no category")
+        place = {same_name(name): i for i, name in enumerate(self.classes)}
+        label = torch.tensor([place.get(same_name(name), -1) for name in names] or [-1])
+        used = torch.bincount(torch.from_numpy(found.category), minlength=len(label)) > 0
+        if unknown := sorted(name for name, known, u in zip(names, label >= 0, used) if u and not known):
+            raise InputError(f"{found.file}: categories unknown in training: {', '.join(unknown)}")
+        image, order = torch.from_numpy(found.image).sort(stable=True)
+        scale = image_size / torch.tensor([size * 2 for size in found.sizes], dtype=torch.float64)
+        labels = label[torch.from_numpy(found.category)]
+        boxes = (torch.from_numpy(found.boxes) * scale[torch.from_numpy(found.image)]).float()
+        values = {"boxes": boxes, "labels": labels, "crowd": torch.from_numpy(found.crowd)}
+        counts = torch.bincount(image, minlength=len(self)).tolist()
+        # per image: [m, 4] x0 y0 x1 y1 in resized pixels, [m], [m]
+        self.boxes, self.labels, self.crowd = (list(x[order].split(counts)) for x in values.values())
+        self.notes = (*found.notes, *self.without_objects(labels))
 
-    def __getitem__(self, index: int) -> Tensor:
-        path, (width, height) = self.paths[index], self.sizes[index]
-        image = decode_image(path, self.image_size)
-        if (has := upright_size(path)) != (width, height):
-            raise InputError(f"{path}: the image has {has[0]}x{has[1]} pixels, annotations.json says {width}x{height}")
-        return image
+    def without_objects(self, labels: Tensor) -> list[str]:
+        """A note if there are no objects, or none of some classes."""
+        counts = torch.bincount(labels, minlength=len(self.classes)).tolist()
+        none = [name for name, count in zip(self.classes, counts) if not count]
+        if len(none) == len(self.classes):
+            return ["no object at all: there is nothing to find"]
+        listed = ", ".join(none[:10]) + ", …" * (len(none) > 10)
+        return [f"no object of {len(none)} of {len(self.classes)} classes: {listed}"] if none else []
+
+    def __getstate__(self) -> dict:
+        """For a worker that was not forked: views of one tensor would each be sent with the whole of it."""
+        lists = {name: torch.cat(getattr(self, name)) for name in ("boxes", "labels", "crowd")}
+        return vars(self) | lists | {"counts": [len(x) for x in self.labels]}
+
+    def __setstate__(self, state: dict) -> None:
+        counts = state.pop("counts")
+        lists = {name: list(state[name].split(counts)) for name in ("boxes", "labels", "crowd")}
+        vars(self).update(state | lists)
 
     def batch(self, indices: Tensor, inputs: Tensor) -> TensorMiniBatch:
         """inputs [B, 3, H, W] with targets [B, 2, P, 4], counted [B, 2, P] and, in the metadata, the objects: `boxes`
@@ -222,6 +181,15 @@ class ClassAndBox(Distribution):
     def mode(self) -> Tensor:
         return pack(self.classes.mode, self.boxes.mode)
 
+    def every_choice(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of `choices.py`: each class with the mean box, [K + 1, ..., 2, P, 4]; log π of it, [K + 1, ..., 2, P]
+        (of a box, which has no choices, that of K + 1 equal ones); and that classes alone are categorical, [2, 1]."""
+        logits = self.classes.logits.movedim(-1, 0)  # [K + 1, ..., P]
+        boxes = self.boxes.mean.expand(len(logits), *self.boxes.mean.shape)
+        actions = pack(self.classes.enumerate_support(), boxes)
+        log_probs = torch.stack([logits, torch.full_like(logits, -math.log(len(logits)))], -2)
+        return actions, log_probs, torch.tensor([[True], [False]], device=logits.device)
+
 
 @register_kl(ClassAndBox, ClassAndBox)
 def kl_class_and_box(p: ClassAndBox, q: ClassAndBox) -> Tensor:
@@ -256,6 +224,37 @@ def detection_f1_reward(actions: Tensor, outputs: Tensor, targets: Tensor, metad
     probs = box_policy_adapter(outputs).classes.probs
     hits, found, true = (x.view(actions.shape[:3]) for x in match_sets(actions, probs, metadata))
     return torch.where(found + true == 0, 1.0, 2 * hits / (found + true).clamp(min=1)).to(probs.dtype)
+
+
+def detection_set_credit(
+    actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict, thresholds: tuple[float, ...] = THRESHOLDS
+) -> Credit:
+    """The set of boxes that an action decodes to, scored as a whole (`set_credit.py`), with exact credit: the values of
+    all choices of each patch's class, the others as drawn, mean over the draws, times M + 1, so that an object weighs
+    about as much in full and in empty images. Crowds and empty boxes are no objects; a patch in a crowd is not in the
+    set. A box learns beside it from its IoU with the patch's object, by maxrl's advantages.
+
+    actions: [B, T, A, 2, P, 4]; outputs: [B, T, P, K + 1 + 4]; metadata: see `DetectionDataset.batch`. Values are
+    [B, T, 2, P, K + 1], 0 for boxes; the scores are one per action, [B, T, A]."""
+    num_classes, (truth, labels, crowd) = outputs.shape[-1] - 5, (metadata[x] for x in ("boxes", "labels", "crowd"))
+    empty = (truth[..., 2:] <= truth[..., :2]).any(-1)
+    labels = F.pad(torch.where(crowd | empty, -1, labels), (0, 1), value=-1)  # [B, M]; there may be no object
+    truth = F.pad(truth, (0, 0, 0, 1)).to(actions.dtype)
+    classes, boxes = actions[..., 0, :, 0].long(), decode_boxes(actions[..., 1, :, :], metadata["patch_size"])
+    if (counted := metadata.get("counted")) is not None:
+        classes = torch.where(counted[:, None, None, 0], classes, num_classes)
+    iou = box_iou(boxes[..., None, :], truth[:, None, None, None])  # [B, T, A, P, M]
+    labels = labels[:, None, None].expand(*iou.shape[:3], -1)
+    score, values = set_values(classes, iou, labels, num_classes, thresholds)
+    values = values.mean(2) * ((labels[:, :1, 0] >= 0).sum(-1) + 1)[..., None, None]  # [B, T, P, K + 1]
+    own = box_iou(raw_to_corners(actions[..., 1, :, :]), raw_to_corners(targets[:, None, None, 1]))
+    advantages = F.pad(compute_advantages(own, "maxrl").unsqueeze(-2), (0, 0, 1, 0))
+    return Credit(advantages, score, F.pad(values.unsqueeze(2), (0, 0, 0, 0, 0, 1)))
+
+
+def detection_set_credit_50(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict) -> Credit:
+    """`detection_set_credit` at one threshold, IoU 0.5, as F1 is counted."""
+    return detection_set_credit(actions, outputs, targets, metadata, thresholds=THRESHOLDS[:1])
 
 
 def count_ranks(kept: Tensor) -> int:
@@ -334,6 +333,39 @@ def draw_boxes(picture: Image.Image, boxes: Tensor, names: list[str]) -> Image.I
     return picture
 
 
+Curves = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def f1_curves(detections: list[dict[str, Tensor]], truths: list[dict[str, Tensor]], classes: list[str]) -> Curves:
+    """For each class that truth or detections hold its scores [D], the best first, and the F1 at IoU 0.5 of the data
+    set's best 0, 1 … D detections, [D + 1]."""
+    curves = {}
+    for k, parts in matched(detections, truths).items():
+        scores, hit, miss, objects = zip(*parts)
+        scores, hit, miss = np.concatenate(scores), np.concatenate(hit, 1)[0], np.concatenate(miss, 1)[0]
+        order = np.argsort(-scores, kind="stable")
+        hits, misses = hit[order].cumsum(), miss[order].cumsum()
+        curves[classes[k]] = scores[order], np.append(0, 2 * hits / np.maximum(hits + misses + sum(objects), 1))
+    return curves
+
+
+def best_thresholds(curves: Curves) -> dict[str, float]:
+    """The score of each class from which on its detections have the highest F1, in the middle of the gap below it."""
+    thresholds = {}
+    for name, (scores, f1) in curves.items():
+        edges = np.concatenate([[1.0], scores, [0.0]])
+        cuts = edges[:-1] > edges[1:]  # after so many detections; between equal scores there is none
+        best = int(np.where(cuts, f1, -1).argmax())
+        thresholds[name] = float(edges[best : best + 2].mean())
+    return thresholds
+
+
+def mean_f1(curves: Curves, thresholds: dict[str, float]) -> float:
+    """The mean over the classes of F1 by the detections from a threshold on; SHOWN_SCORE where there is none."""
+    kept = {name: (scores >= thresholds.get(name, SHOWN_SCORE)).sum() for name, (scores, _) in curves.items()}
+    return float(np.mean([f1[kept[name]] for name, (_, f1) in curves.items()])) if curves else math.nan
+
+
 class BoxEvaluation(DenseEvaluation):
     """Collects truths and decoded detections; of the mean over T passes of class probabilities and raw boxes."""
 
@@ -372,6 +404,16 @@ class BoxEvaluation(DenseEvaluation):
         names = [self.dataset.classes[label] for label in objects["labels"].tolist()]
         return to_tensor(draw_boxes(picture, objects["boxes"] * BOX_PIXELS / image.shape[-1], names))
 
+    def curves(self) -> Curves:
+        """F1 over the score's threshold, of the mean over passes."""
+        return f1_curves(self.detections[1], self.truths, self.dataset.classes)
+
+    def lines(self) -> list[str]:
+        if self.task.thresholds is None:
+            return []
+        plain, fitted = (mean_f1(self.curves(), thresholds) for thresholds in ({}, self.task.thresholds))
+        return [f"F1, mean over the classes: {plain:.4f} at a score of {SHOWN_SCORE}, {fitted:.4f} by fitted scores"]
+
     def metrics_of_both(self) -> Iterator[dict[str, float]]:
         """mAP, AP50, AP75 as COCO's, F1 at IoU 0.5 of the patches' most likely classes, and each class's AP."""
         classes = self.dataset.classes
@@ -385,6 +427,9 @@ class Detection(Task):
     """A class, background included, and a box for each patch."""
 
     keys = {
+        "detection.annotations": Key(
+            None, str, "COCO's file below the folder; null: annotations.json, or the only one that there is", path=True
+        ),
         "detection.box_std": Key(0.3, float, "standard deviation of a box action in raw space, in patches", **POSITIVE),
         "detection.box_std_end": Key(
             None, float, "where it ends, by a geometric schedule; null: it stays", **POSITIVE, optional=True
@@ -397,13 +442,18 @@ class Detection(Task):
             0.5, float, "of two detections of a class that overlap more the weaker is dropped", **FRACTION
         ),
     }
-    rewards = {"detection_reward": detection_reward, "detection_f1_reward": detection_f1_reward}
+    rewards = {
+        reward.__name__: reward
+        for reward in (detection_reward, detection_f1_reward, detection_set_credit, detection_set_credit_50)
+    }
     best = "eval/map"
     dense = True
+    thresholds: dict[str, float] | None = None  # by class, the least score of a detection, where one was fitted
 
     def open(self, root: str, classes: list[str] | None = None) -> DetectionDataset:
-        model = self.config["model"]
-        return DetectionDataset(root, model["image_size"], model["patch_size"], classes)
+        model, skip_bad = self.config["model"], self.config["data"]["on_bad_image"] == "skip"
+        annotations = self.config["detection"]["annotations"]
+        return DetectionDataset(root, model["image_size"], model["patch_size"], classes, annotations, skip_bad)
 
     def head_size(self, num_classes: int) -> int:
         """Logits of the classes and of the background, and a raw box."""
@@ -456,14 +506,21 @@ class Detection(Task):
             {"class": classes[label], "score": score, "box": [x * length / side for x, length in zip(box, size * 2)]}
             for label, score, box in zip(*(found[name].tolist() for name in ("labels", "scores", "boxes")))
         ]
+        if self.thresholds is not None:
+            boxes = [box for box in boxes if box["score"] >= self.thresholds.get(box["class"], SHOWN_SCORE)]
         return {"boxes": boxes}, size[0]
 
+    def shown(self, record: dict) -> list[dict]:
+        """The boxes for words and pictures: those that were decided on, or of a score of at least 0.5."""
+        decided = self.thresholds is not None
+        return [box for box in record["boxes"] if decided or box["score"] >= SHOWN_SCORE]
+
     def in_words(self, record: dict) -> str:
-        shown = [box for box in record["boxes"] if box["score"] >= SHOWN_SCORE]
+        shown = self.shown(record)
         words = [f"{b['class']} ({b['score']:.0%}) at {' '.join(f'{x:.0f}' for x in b['box'])}" for b in shown]
         return ", ".join(words) or "nothing"
 
     def draw(self, picture: Image.Image, record: dict, found: int) -> dict[str, tuple[str, Image.Image]]:
-        shown = [box for box in record["boxes"] if box["score"] >= SHOWN_SCORE]
+        shown = self.shown(record)
         boxes = torch.tensor([box["box"] for box in shown]).view(-1, 4) * picture.width / found
         return {"picture": ("", draw_boxes(picture, boxes, [box["class"] for box in shown]))}

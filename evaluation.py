@@ -65,11 +65,17 @@ def accuracy_of_kept(uncertainty: Tensor, right: Tensor) -> Tensor:
 
 
 def metrics_line(metrics: dict[str, float]) -> str:
-    """The metrics but those of single classes, on one line."""
+    """The metrics but those of single classes, on one line; the sum of the rewards if there are several."""
     parts = {"eval": [], "eval_mc": []}
+    several = sum(key.startswith("eval/reward/") for key in metrics) > 1
     for key, value in metrics.items():
         predictor, _, name = key.partition("/")
-        if "/" not in name:
+        of, _, short = name.partition("/")
+        if of in ("reward", "reward_argmax"):
+            by_argmax = " by argmax" if of == "reward_argmax" else ""
+            if short or several:
+                parts[predictor].append(f"{short.rpartition(':')[2] or 'reward'}{by_argmax} {value:.4f}")
+        elif "/" not in name:
             parts[predictor].append(f"{WRITTEN.get(name, name.replace('_', ' '))} {value:.4f}")
     return f"{' '.join(parts['eval'])} (mean over passes: {' '.join(parts['eval_mc'])})"
 
@@ -175,11 +181,16 @@ class DenseEvaluation(Evaluation):
 
 @torch.no_grad()
 def evaluate(
-    task, network, batches: Iterable[TensorMiniBatch], dataset: Dataset, group: dist.ProcessGroup | None = None
+    task,
+    network,
+    batches: Iterable[TensorMiniBatch],
+    dataset: Dataset,
+    group: dist.ProcessGroup | None = None,
+    rewards=None,
 ) -> Evaluation:
     """The task's `Evaluation` over all batches, on the network's device. network: see `Task.network`. group: where
     several processes have every world-th batch; rank 0's evaluation is of them all, those of the others are empty.
-    Raises InputError where no image can be decoded."""
+    rewards: a `scores.RewardEvaluation` that sees the same. Raises InputError where no image can be decoded."""
     config, evaluation, device = task.config, task.evaluation(dataset), next(network.parameters()).device
 
     def outputs() -> Iterator[tuple[TensorMiniBatch, Tensor, Tensor]]:
@@ -197,6 +208,8 @@ def evaluate(
     for row in rows:
         evaluation.add(*row)
         empty = False
+        if rewards:
+            rewards.add(*row)
     if empty:
         raise InputError(f"{dataset.root}: none of its images can be decoded")
     return evaluation

@@ -4,6 +4,7 @@ Knows no task and no ViT: a model is anything with `sample_masks(B, T)` and `mod
 turns its outputs into a `torch.distributions.Distribution` of batch shape [B, T, E…], a reward judges actions.
 
 B images, T passes, A actions per pass, E… the elements of an action; N = T * A actions are the group of one image.
+With `action: all` every one of the K choices of a categorical element takes the place of A draws.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributions import Categorical, Distribution, kl_divergence
 
+from choices import every_choice, expected_advantages, join, log_weights, value_advantages
 from data_types import Credit, Episode, InputError, TensorMiniBatch
 
 # reward(actions [B, T, A, E…], outputs [B, T, …], targets [B, E…], metadata) -> [B, T, A] or [B, T, A, E…]
@@ -57,6 +59,14 @@ def action_log_prob(policy: Distribution, actions: Tensor) -> Tensor:
     return policy.log_prob(actions.movedim(2, 0)).movedim(0, 2)
 
 
+def all_log_probs(policy: Distribution, actions: Tensor, choices: bool) -> Tensor:
+    """log π of the drawn actions [B, T, A, E…] and, with `choices`, of every choice after them: [B, T, N, E…]."""
+    if not choices:
+        return action_log_prob(policy, actions)
+    log_probs = every_choice(policy)[1]
+    return torch.cat([action_log_prob(policy, actions), log_probs], 2) if actions.shape[2] else log_probs
+
+
 def nll(policy: Distribution, targets: Tensor) -> Tensor:
     """-log π(targets) of targets [B, T, 1, E…], in the same layout: what learning from labels minimises."""
     return -action_log_prob(policy, targets)
@@ -65,20 +75,23 @@ def nll(policy: Distribution, targets: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class RolloutSettings:
     """How the group of an image is made and judged. num_mc_samples: T. actions_per_sample: A. action: `sample`, or
-    `argmax` (the mode of each pass, A = 1). advantage: the advantage estimator, see `compute_advantages`."""
+    `argmax` (the mode of each pass, A = 1), or `all` (every choice, of which there may be max_choices, weighted by its
+    probability; elements without choices are still sampled). advantage: the estimator, see `compute_advantages`."""
 
     num_mc_samples: int = 4
     actions_per_sample: int = 16
     action: str = "sample"
     advantage: str = "maxrl"
+    max_choices: int = 1000
 
 
 @dataclass(frozen=True)
 class UpdateSettings:
     """What is minimised, and how.
 
-    objective: `grpo`, clipped surrogate + kl_coef * KL(policy || reference) - entropy_coef * entropy; or `supervised`,
-        supervised_loss(policy, targets) under the same passes, per element, with the same two terms.
+    objective: `grpo`, clipped surrogate + label_coef * supervised_loss + kl_coef * KL(policy || reference) -
+        entropy_coef * entropy; or `supervised`, supervised_loss(policy, targets) under the same passes, per element,
+        with the last two terms.
     clip_low, clip_high: the ratio is clipped to 1 - clip_low … 1 + clip_high. update_epochs: steps per rollout.
     max_grad_norm: of all gradients. micro_batch_size: images at a time in a replay. pad_to: see `select_live`.
     """
@@ -90,6 +103,7 @@ class UpdateSettings:
     update_epochs: int = 1
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
+    label_coef: float = 0.0
     max_grad_norm: float = 1.0
     micro_batch_size: int = 64
     pad_to: int = 1
@@ -97,7 +111,7 @@ class UpdateSettings:
     @property
     def may_replay(self) -> bool:
         """Whether an image without a live group has no gradient, so that it needs no backward pass."""
-        return self.objective == "grpo" and self.kl_coef == self.entropy_coef == 0
+        return self.objective == "grpo" and self.kl_coef == self.entropy_coef == self.label_coef == 0
 
 
 # --- Elements that count ----------------------------------------------------------------------------------------------
@@ -191,37 +205,70 @@ def score(
     outputs: Tensor,
     batch: TensorMiniBatch,
     shape: torch.Size,
-    estimator: str,
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Rewards and advantages of the actions, each [B, T, A] or [B, T, A, E…], and each reward by itself by its name.
-    The weighted sum of the rewards goes through the estimator; advantages that are finished (`Credit`), weighted too,
-    are added. Elements that do not count have reward and advantage 0. shape: [B, T, A, E…]. Raises InputError if a
+    settings: RolloutSettings,
+    log_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, dict[str, Tensor]]:
+    """Rewards and advantages of the actions, each [B, T, A] or [B, T, A, E…], values of choices [B, T, E…, K], and each
+    reward by itself by its name. The weighted sum of the rewards goes through the estimator; advantages and values that
+    are finished (`Credit`), weighted too, are added up; where there are none it is None. Elements that do not count
+    have reward and advantage 0. shape: [B, T, A, E…]. log_weights: see `expected_advantages`. Raises InputError if a
     reward returns something else than tensors of one of the two shapes, or would need a group."""
-    total = plain = advantages = None
-    terms, allowed = {}, {shape[:3], shape}
+    total = plain = advantages = values = None
+    terms, allowed = {}, {shape[:3], shape} if log_weights is None else {shape}
     dtype = torch.promote_types(outputs.dtype, torch.float32)
     metadata = batch.metadata if batch.counted is None else batch.metadata | {"counted": batch.counted}
+
+    def checked(name: str, part: Tensor | None, allowed: set[torch.Size]) -> Tensor:
+        if not isinstance(part, Tensor) or part.shape not in allowed:
+            what = f"a tensor of shape {list(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
+            expected = "a tensor of shape [B, T, A, …] = " + " or ".join(str(list(s)) for s in sorted(allowed))
+            hint = "" if log_weights is None else ", as rollout.action: all judges each choice of an element by itself"
+            raise InputError(f"rollout.reward: {name} returned {what}; expected {expected}{hint}")
+        part = part.to(actions.device, dtype)
+        return only_counted(part, batch.counted) if part.shape == shape else part
+
     for name, (reward, weight) in rewards.items():
         returned = reward(actions, outputs, batch.targets, metadata)
-        parts = [returned.rewards, returned.advantages] if isinstance(returned, Credit) else [returned]
-        for i, part in enumerate(parts):
-            if not isinstance(part, Tensor) or part.shape not in allowed:
-                what = f"a tensor of shape {list(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
-                expected = "a tensor of shape [B, T, A, …] = " + " or ".join(str(list(s)) for s in sorted(allowed))
-                raise InputError(f"rollout.reward: {name} returned {what}; expected {expected}")
-            part = part.to(actions.device, dtype)
-            parts[i] = only_counted(part, batch.counted) if part.shape == shape else part
-        terms[name] = parts[0]
-        total = add(total, weight * parts[0])
-        if len(parts) == 2:
-            advantages = add(advantages, weight * parts[1])
-        else:
-            plain = add(plain, weight * parts[0])
+        credit = returned if isinstance(returned, Credit) else Credit(None, returned)
+        terms[name] = checked(name, credit.rewards, allowed)
+        total = add(total, weight * terms[name])
+        if credit is not returned:
+            plain = add(plain, weight * terms[name])
+        if credit.advantages is not None:
+            finished = weight * checked(name, credit.advantages, allowed)
+            finished = finished if log_weights is None else shape[2] * log_weights.exp() * finished
+            advantages = add(advantages, finished)
+        elif credit is returned and credit.values is None:
+            raise InputError(f"rollout.reward: {name} returned a Credit without advantages and without values")
+        if credit.values is not None:
+            if credit.values.shape[:-1] != shape[:2] + shape[3:]:
+                expected = f"[B, T, …, K] = {[*shape[:2], *shape[3:], 'K']}"
+                raise InputError(f"rollout.reward: {name} returned values {list(credit.values.shape)}, not {expected}")
+            values = add(values, weight * credit.values.to(actions.device, dtype))
     if plain is not None and shape[1] * shape[2] == 1:
         raise InputError("rollout.actions_per_sample: a group needs two actions; raise it or rollout.num_mc_samples")
-    if plain is not None:
-        advantages = add(advantages, compute_advantages(plain, estimator))
-    return total, advantages, terms
+    if plain is not None and log_weights is None:
+        advantages = add(advantages, compute_advantages(plain, settings.advantage))
+    elif plain is not None:
+        advantages = add(advantages, expected_advantages(plain, log_weights, settings.advantage))
+    return total, advantages, values, terms
+
+
+def choose(policy: Distribution, settings: RolloutSettings) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Actions drawn [B, T, A, E…], or the mode of each pass; the actions to judge, which are these, and with `action:
+    all` every choice after them; and then their log-weights (see `log_weights`). Raises InputError."""
+    if settings.action == "argmax":
+        actions = policy.mode.unsqueeze(2)
+    elif settings.action == "sample":
+        actions = sample_actions(policy, settings.actions_per_sample)
+    else:
+        choices, log_probs, categorical = every_choice(policy)
+        if (found := choices.shape[2]) > settings.max_choices:
+            raise InputError(f"rollout.action: all: {found} choices, rollout.max_choices is {settings.max_choices}")
+        draws = 0 if categorical is None else settings.actions_per_sample
+        actions = sample_actions(policy, draws) if draws else choices[:, :, :0]
+        return actions, torch.cat([actions, choices], 2), log_weights(log_probs, categorical, draws)
+    return actions, actions, None
 
 
 def rollout(
@@ -234,7 +281,7 @@ def rollout(
     key: tuple[int, int, int] = (0, 0, 0),
     keep_graph: bool = True,
 ) -> Episode:
-    """T stochastic passes over a micro-batch, A actions from each, their rewards and advantages.
+    """T stochastic passes over a micro-batch, A actions from each or every choice, their rewards and advantages.
 
     rewards: name -> (function, weight).
     key: (seed, step, index in the global batch of the micro-batch's first image): all draws are a function of it.
@@ -249,31 +296,50 @@ def rollout(
         policy = policy_adapter(outputs)  # batch shape [B, T, E…]
         with torch.no_grad():
             drawn_from = policy_adapter(outputs.nan_to_num())  # NaN cannot be drawn from; the loss will tell of it
-            if settings.action == "sample":
-                with keyed_rng(seed, step, "actions", index):
-                    actions = sample_actions(drawn_from, settings.actions_per_sample)  # [B, T, A, E…]
-            else:
-                actions = drawn_from.mode.unsqueeze(2)  # [B, T, 1, E…]
-            shape = actions.shape[:3] + policy.batch_shape[2:]  # [B, T, A, E…]
-            total, advantages, terms = score(rewards, actions, outputs.detach(), batch, shape, settings.advantage)
+            with keyed_rng(seed, step, "actions", index):
+                actions, judged, weighting = choose(drawn_from, settings)
+            shape = judged.shape[:3] + policy.batch_shape[2:]  # [B, T, A, E…]
+            total, advantages, values, terms = score(
+                rewards, judged, outputs.detach(), batch, shape, settings, weighting
+            )
             metadata = batch.metadata | {"targets": batch.targets, "predicted": drawn_from.mode, "reward_terms": terms}
             metadata["entropy"] = drawn_from.entropy()  # here, where the probabilities are at hand
-        log_probs = action_log_prob(policy, actions)
-    return Episode(batch.inputs, masks, actions, log_probs, total, advantages, metadata, policy, batch.counted)
+            metadata["reward_weights"] = None if weighting is None else weighting.exp() * weighting.shape[2]
+            if values is not None:
+                _, choice_log_probs, categorical = every_choice(drawn_from)
+                if (given := values.shape[-1]) != (found := choice_log_probs.shape[2]):
+                    raise InputError(f"rollout.reward: returned values of {given} choices; the policy has {found}")
+                if weighting is None:
+                    actions = actions if advantages is not None else actions[:, :, :0]  # nothing is learned from them
+                    weighting = log_weights(choice_log_probs, categorical, actions.shape[2])
+                advantages = join(advantages, value_advantages(values, choice_log_probs), weighting.shape[2])
+                advantages = only_counted(advantages, batch.counted)
+            weights = None if weighting is None else weighting.exp() * weighting.shape[2]
+        log_probs = all_log_probs(policy, actions, choices=weights is not None)
+    return Episode(batch.inputs, masks, actions, log_probs, total, advantages, metadata, policy, batch.counted, weights)
 
 
 def rollout_metrics(episode: Episode) -> dict[str, Tensor]:
     """What a rollout is worth logging for: 0-dim tensors, means over its images, and `group_rewards`, [B]."""
-    rewards = episode.rewards
-    group_rewards = mean_per_image(rewards, episode.counted_in(rewards))
+    rewards, weights = episode.rewards, episode.metadata.get("reward_weights")
+
+    def expected(values: Tensor) -> Tensor:
+        """The mean over the actions, an action counting as much as it is probable, and over what counts: [B]."""
+        return mean_per_image(values if weights is None else weights * values, episode.counted_in(values))
+
+    group_rewards = expected(rewards)
+    if weights is None:
+        std = rewards.std((1, 2), correction=0)
+    else:
+        std = (weights * (rewards - (weights * rewards).mean((1, 2), keepdim=True)) ** 2).mean((1, 2)).sqrt()
     metrics = {
         "reward/mean": group_rewards.mean(),
-        "reward/std": mean_per_image(rewards.std((1, 2), correction=0), episode.counted_in(rewards)).mean(),
+        "reward/std": mean_per_image(std, episode.counted_in(rewards)).mean(),
         "groups/live": live_groups(episode.advantages).to(rewards.dtype).mean(),
         "policy/entropy": mean_per_image(episode.metadata["entropy"], episode.counted).mean(),
     }
     for name, term in episode.metadata["reward_terms"].items():
-        metrics[f"reward/{name}"] = mean_per_image(term, episode.counted_in(term)).mean()
+        metrics[f"reward/{name}"] = expected(term).mean()
     return metrics | {"reward/min": rewards.min(), "group_rewards": group_rewards}
 
 
@@ -318,19 +384,20 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean loss over an episode's images, passes, actions and counted elements, and what is worth logging. policy,
     log_probs: of the current weights, under the episode's masks; episode.log_probs are the old ones."""
-    log, counted = {}, episode.counted
-    if settings.objective == "supervised":
+    log, counted, loss = {}, episode.counted, 0
+    supervised = settings.objective == "supervised"
+    if supervised or settings.label_coef:
         targets = episode.metadata["targets"]  # [B, E…] -> an action of each pass, [B, T, 1, E…]
         targets = targets[:, None, None].expand(len(targets), log_probs.shape[1], 1, *targets.shape[1:])
-        loss = mean_counted(settings.supervised_loss(policy, targets), counted)
-    else:
+        label_loss = mean_counted(settings.supervised_loss(policy, targets), counted)
+        loss = label_loss if supervised else settings.label_coef * label_loss
+    if not supervised:
         clip = settings.clip_low, settings.clip_high
         losses, ratio, clipped = clipped_loss(log_probs, episode.log_probs.detach(), episode.advantages, *clip)
-        loss = mean_counted(losses, counted)
-        log = {
-            "policy/ratio": mean_counted(ratio.detach(), counted),
-            "policy/clip_fraction": mean_counted(clipped.to(ratio.dtype), counted),
-        }
+        loss, measured = loss + mean_counted(losses, counted), [ratio.detach(), clipped.to(ratio.dtype)]
+        if episode.weights is not None:
+            measured = [episode.weights * values for values in measured]
+        log = dict(zip(("policy/ratio", "policy/clip_fraction"), (mean_counted(x, counted) for x in measured)))
     if settings.kl_coef:
         kl = mean_counted(kl_divergence(policy, reference_policy), counted)
         loss = loss + settings.kl_coef * kl
@@ -413,7 +480,7 @@ def update_policy(
             for start in range(0, len(episode), settings.micro_batch_size):
                 part = episode[start : start + settings.micro_batch_size]
                 policy = policy_adapter(model(part.inputs, part.masks))
-                backward(part, policy, action_log_prob(policy, part.actions))
+                backward(part, policy, all_log_probs(policy, part.actions, part.weights is not None))
 
     optimizer.zero_grad(set_to_none=False)  # kept: gradients made again between graphs would fragment the memory
     for episode in episodes:

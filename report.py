@@ -150,7 +150,7 @@ def read_rows(rows: list[dict[str, Tensor]], first_step: int, config: dict) -> d
             if name.startswith("reward/") and not math.isfinite(values[name][i]):
                 who = "the sum of rewards" if name in sums else name.removeprefix("reward/")
                 raise InputError(f"rollout.reward: {who} returned {values[name][i]} {at}; expected finite numbers")
-        if needs_positive and values["reward/min"][i] < 0:
+        if needs_positive and values["reward/min"][i] < 0 and math.isnan(values["loss"][i]):  # not of a `Credit`
             raise InputError(
                 f"rollout.reward: returned {values['reward/min'][i]:g} {at}; rollout.advantage: maxrl expects "
                 "rewards >= 0: add a constant to it, or take rloo"

@@ -117,30 +117,31 @@ def mask_iou_reward(actions: Tensor, outputs: Tensor, targets: Tensor, metadata:
 
 
 def mask_iou_credit(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict) -> Credit:
-    """`mask_iou_reward` with its counterfactual credit (COMA, https://arxiv.org/abs/1705.08926): the advantage of a
-    pixel is R(a) - Σ_k π(k) R(a with this pixel set to k), [B, T, A, H, W]. Exact for any K; needs no group.
+    """`mask_iou_reward` with exact credit: the value of each class k at a pixel is R(a with this pixel set to k), up to
+    what is the same for all k, mean over the draws, times the image's counted pixels; values [B, T, H, W, K]. Their
+    advantage is the counterfactual one (COMA, https://arxiv.org/abs/1705.08926). Exact for any K; needs no group.
 
-    Leaving class c changes its IoU = I / U by rem(c), joining it by add(c); with n classes present and 0 for a class
-    that is not, A = -[(1 - π(a)) rem(a) + Σ_{k≠a} π(k) add(k)] / n.
+    Without the pixel a class has its IoU = I / U; a pixel of its truth adds 1 / U, another takes I / U - I / (U + 1),
+    which is counted for the classes that it has not, and with U - 1 for the one that it has. Absent classes count 0.
     """
-    probs = mask_policy_adapter(outputs).probs.flatten(2, 3)  # [B, T, HW, K]
-    cases = pixel_cases(actions, targets, probs.shape[-1])  # [B, T, A, HW]
-    counts = pixel_counts(cases, targets, metadata.get("counted"), probs.shape[-1])
-    intersection, predicted, true = (count.to(probs.dtype) for count in counts)  # [B, T, A, K]
-    union = predicted + true - intersection
-    weight = (true > 0).to(probs.dtype) / (true > 0).sum(-1, keepdim=True).clamp(min=1)  # w_c / n
-    # (I - 1) / U - I / U and so on, written without the cancellation; the pixel's truth is c (right) or not (wrong).
-    right = weight / union.clamp(min=1)  # add(c) = 1 / U, and rem(c) = -1 / U
-    rem_wrong = weight * intersection / (union * (union - 1)).clamp(min=1)
-    add_wrong = -weight * intersection / (union * (union + 1)).clamp(min=1)
-    rem, add = torch.cat([rem_wrong, -right], -1), torch.cat([add_wrong, right], -1)  # [B, T, A, 2K], by case
-    truth = targets.flatten(1)[:, None, None].expand_as(cases)
-    prob_truth = probs.gather(-1, truth[:, :, 0, :, None])[..., 0].unsqueeze(2)  # [B, T, 1, HW]
-    prob_chosen = probs[:, :, None].expand(*cases.shape, -1).gather(-1, actions.flatten(3)[..., None])[..., 0]
-    joined = torch.einsum("btpk,btak->btap", probs, add_wrong)  # Σ_k π(k) add(k), were no class the truth
-    joined = joined + prob_truth * (right - add_wrong).gather(-1, truth)  # Σ_k π(k) add(k), the chosen class's too
-    advantages = prob_chosen * (rem + add).gather(-1, cases) - rem.gather(-1, cases) - joined
-    return Credit(advantages.view(actions.shape), mean_iou(*counts))
+    num_classes, counted = outputs.shape[-1], metadata.get("counted")
+    cases = pixel_cases(actions, targets, num_classes)  # [B, T, A, HW]
+    counts = pixel_counts(cases, targets, counted, num_classes)
+    dtype = torch.promote_types(outputs.dtype, torch.float32)
+    intersection, predicted, true = (count.to(dtype) for count in counts)  # [B, T, A, K]
+    union, present = predicted + true - intersection, true > 0
+    scale = true.sum(-1, keepdim=True) / actions.shape[2]  # counted pixels, for the mean over the draws
+    weight = present * scale / present.sum(-1, keepdim=True).clamp(min=1)
+    # I / (U + 1) - I / U and so on, written without the cancellation
+    right = (weight / union.clamp(min=1)).sum(2)  # [B, T, K]
+    joining = -weight * intersection / (union * (union + 1)).clamp(min=1)
+    staying = -weight * intersection / (union * (union - 1)).clamp(min=1)
+    wrong = torch.cat([staying - joining, torch.zeros_like(joining)], -1).gather(-1, cases)  # 0 where it is right
+    chosen, truth = actions.flatten(3), targets.flatten(1)[:, None].expand(*right.shape[:2], -1)
+    values = joining.sum(2)[:, :, None].repeat(1, 1, truth.shape[-1], 1)  # [B, T, HW, K]
+    values.scatter_add_(-1, chosen.movedim(2, -1), wrong.movedim(2, -1))
+    values.scatter_(-1, truth[..., None], right.gather(-1, truth)[..., None])
+    return Credit(None, mean_iou(*counts), values.unflatten(2, actions.shape[3:]))
 
 
 def segmentation_metrics(confusion: Tensor, classes: list[str]) -> dict[str, float]:
@@ -238,7 +239,7 @@ class Segmentation(Task):
 
     def describe(self, outputs: Tensor, path: str, classes: list[str]) -> tuple[dict, Image.Image]:
         """The shares of the mask's pixels; the mask (mode L) at the image file's size. outputs: logits [T, H, W, K]."""
-        mask = to_picture(self.probabilities(outputs).mean(0).argmax(-1).to(torch.uint8))
+        mask = to_picture(self.decide(outputs, path, classes).to(torch.uint8))
         mask = mask.resize(upright_size(path), Image.Resampling.NEAREST)
         counts = mask.histogram()[: len(classes)]
         return {"shares": {name: count / sum(counts) for name, count in zip(classes, counts) if count}}, mask

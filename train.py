@@ -9,6 +9,7 @@ The story: config -> task -> data -> model -> (rollout -> reward -> update -> lo
 """
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -29,6 +30,7 @@ from evaluation import evaluate, metrics_line
 from grpo import rollout, size_of, update_policy
 from images import BadImages, Loading, epoch_order, fingerprint, micro_batches, stream_batches, worker_death
 from report import Clock, Console, Log, count_dead_steps, log_interval, read_rows
+from scores import open_scores
 
 REPLAY_BELOW = 0.6  # share of live groups below which a forward pass without a graph + a replay of the live is cheaper
 
@@ -66,6 +68,7 @@ def train(args: argparse.Namespace) -> int:
     task, run_dir, state = build.open_run(args, console)
     data, _, training = build.sections(task.config)
     rewards, roll = build.load_rewards(task), build.rollout_settings(task.config)
+    judge = build.open_judge(task, build.load_eval_rewards(task, rewards))
     per_rank, rank = build.images_per_rank(training), processes.rank_and_world()[0]
     settings = build.update_settings(task, per_rank)
 
@@ -89,8 +92,9 @@ def train(args: argparse.Namespace) -> int:
                 f"warning: {data.train_dir} holds {trained_on}, it held {state['data']}: the rest of this epoch "
                 "meets them in another order"
             )
-    if progress.step >= training.steps:
-        console.line(f"nothing to do: training.steps is {training.steps}")
+    if progress.step >= training.steps or progress.stale >= (training.patience or math.inf):
+        tried = "" if progress.step >= training.steps else f", training.patience is {training.patience}"
+        console.line(f"nothing to do: training.steps is {training.steps}{tried}")
         return 0
 
     # Batches: the images of each step are a function of the step.
@@ -106,11 +110,12 @@ def train(args: argparse.Namespace) -> int:
         part=slice(rank * per_rank, (rank + 1) * per_rank),
     )
     eval_batches = build.open_eval_batches(eval_set, task, bad_images, keep=cache)
+    build.check_evaluation(task, network, eval_batches, eval_set, judge)
+    confusions = open_scores(rewards, train_set, progress.confusions)
     mirror = task.mirror if data.augment else None
 
     # Train: rollout -> reward -> update -> log -> evaluate -> save.
-    if not rank:
-        build.check_writable(training)
+    build.check_writable(training)
     stop, clock = processes.catch_signals(), Clock()
     log = Log(Path(training.log_dir, training.run_name), progress.step + 1, task.config)
     for step in range(progress.step, training.steps):
@@ -127,6 +132,8 @@ def train(args: argparse.Namespace) -> int:
         metrics = update_policy(
             network, optimizer, episodes, policy, settings, batch_size=batch_size, reference=reference_network
         )
+        for confusion in confusions:
+            confusion.update()
         progress.rows.append(processes.share_metrics(metrics))
         progress.step = done = step + 1
         stopping = processes.agreed(stop, control)
@@ -138,7 +145,7 @@ def train(args: argparse.Namespace) -> int:
             continue
 
         bad_images.share(control)
-        is_best = False
+        is_best = ended = False
         values = read_rows(progress.rows, done - len(progress.rows) + 1, task.config)
         if log_due:
             extra = {"learning_rate": build.learning_rate(step, training), "data/bad_images": len(bad_images.seen)}
@@ -146,29 +153,30 @@ def train(args: argparse.Namespace) -> int:
             if training.objective == "grpo":
                 progress.dead_steps = count_dead_steps(progress.dead_steps, values["groups/live"], console)
         if eval_due:
-            evaluation = evaluate(task, network, eval_batches, eval_set, control)
-            eval_metrics = processes.from_rank_zero(evaluation.metrics, control)
+            evaluation = evaluate(task, network, eval_batches, eval_set, control, judged := judge())
+            eval_metrics = processes.from_rank_zero(lambda e=evaluation, j=judged: e.metrics() | j.metrics(), control)
             log.scalars(eval_metrics, done)
             group_rewards = torch.cat([row["group_rewards"] for row in progress.rows])
             log.add("histogram", "groups/success_rate", group_rewards, done)
             log.add("image", "eval/most_uncertain", evaluation.draw, done)
-            metric = task.best_metric(eval_metrics)
-            is_best = metric > progress.best_metric  # not if it is NaN, for want of objects
-            progress.best_metric = metric if is_best else progress.best_metric
+            is_best = progress.is_best(*task.best_metric(eval_metrics))
             console.line(f"step {done}: {metrics_line(eval_metrics)}")
+            if ended := progress.stale == training.patience:
+                best = f"{progress.best_name} than {progress.best_metric:.4f}"
+                console.line(f"training.patience: {progress.stale} evaluations had no better {best}")
         if log_due:
             progress.rows = []
-        if save_due or is_best:
+        if save_due or is_best or ended:
             log.flush()
             about = {"config": task.config, "classes": train_set.classes, "data": trained_on}
             parts = {"model": model, "optimizer": optimizer} | ({"reference": reference} if reference else {})
             saved = vars(progress) | about | {name: part.state_dict() for name, part in parts.items()}
             path = save_checkpoint(saved, run_dir, best=is_best, keep=training.keep_checkpoints)
         clock.restart()
-        if stopping:
+        if stopping or ended:
             break
     log.close()
-    if stopping and done < training.steps:
+    if stopping and not ended and done < training.steps:
         console.line(f"stopped after step {done}, saved {path}; go on with --resume {run_dir}")
         return 128 + stopping
     console.line(f"done: {path}")
@@ -186,9 +194,15 @@ def evaluate_run(args: argparse.Namespace) -> int:
     control = processes.connect(next(model.parameters()).device)
     bad_images = BadImages(len(eval_set), console.line)
     batches = build.open_eval_batches(eval_set, task, bad_images, keep=False)
-    evaluation = evaluate(task, task.network(model), batches, eval_set, control)
+    try:
+        rewards = build.load_eval_rewards(task, build.load_rewards(task))
+    except InputError as error:  # their file is gone, say
+        console.line(f"warning: {error}; evaluated without the rewards")
+        task.config["training"]["decide"], rewards = "argmax", {}
+    judge = build.open_judge(task, rewards, state)()
+    evaluation = evaluate(task, task.network(model), batches, eval_set, control, judge)
     bad_images.share(control)
-    metrics = metrics_line(processes.from_rank_zero(evaluation.metrics, control))
+    metrics = metrics_line(processes.from_rank_zero(lambda: evaluation.metrics() | judge.metrics(), control))
     console.line(f"step {state['step']}: {metrics}" + f" ({bad_images.left(eval_set)})" * bool(bad_images.seen))
     return 2 if bad_images.seen else 0
 

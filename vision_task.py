@@ -34,7 +34,8 @@ class Task:
 
     keys: dict[str, Key] = {}  # config keys of its own: "section.key" -> default, type, meaning, range
     rewards: dict[str, Reward] = {}  # the names that rollout.reward takes; the first is the default
-    best: str | None = None  # the metric by which best.pt is chosen, higher is better; None: the first, of eval/
+    best: str | None = None  # the metric by which best.pt is chosen; None: the first, of eval/
+    lower_is_better: tuple[str, ...] = ("nll", "ece")  # metrics; of the others more is better
     dense = False  # whether the head reads each patch token, instead of the class token
 
     def __init__(self, config: dict):
@@ -68,6 +69,11 @@ class Task:
         policy = self.policy(outputs)
         return policy.probs if isinstance(policy, Categorical) else torch.stack([1 - policy.probs, policy.probs], -1)
 
+    def decide(self, outputs: Tensor, path: str, classes: list[str]) -> Tensor:
+        """What T passes [T, …] say of an image file, each element by itself: choices [E…]. The most probable ones;
+        `predict.py --decide reward` puts those of the highest expected reward in its place."""
+        return self.probabilities(outputs).mean(0).argmax(-1)
+
     def deployed(self, outputs: Tensor) -> dict[str, Tensor]:
         """What an exported model returns: arranged outputs [B, …] -> name -> [B, …]."""
         return {"probabilities": self.probabilities(outputs)}
@@ -88,12 +94,18 @@ class Task:
         """What collects the predictions for a data set, and has the metrics."""
         return Evaluation(self, dataset)
 
-    def best_metric(self, metrics: dict[str, float]) -> float:
-        """The metric by which best.pt is chosen. Raises InputError if there is none of its name."""
-        name = self.best or next(iter(metrics), None)
+    def best_metric(self, metrics: dict[str, float]) -> tuple[str, float, bool]:
+        """The metric by which best.pt is chosen: its name, its value, and whether less is better. It is training.best;
+        where that is null the reward, if it is not the task's own, else `best`. Raises InputError if there is none."""
+        chosen, rewards = self.config["training"]["best"], self.config["rollout"]["reward"]
+        own = "eval/reward" if rewards and list(rewards) != [next(iter(self.rewards))] else self.best
+        name = chosen or own or next(iter(metrics), None)
+        name = name if name in metrics else f"eval/reward/{name}"  # a score of the confusion matrix
         if name not in metrics:
-            raise InputError(f"task: the best checkpoint is chosen by {name}, which is none of {', '.join(metrics)}")
-        return metrics[name]
+            key = "training.best" if chosen else "task"
+            name = name.removeprefix("eval/reward/")
+            raise InputError(f"{key}: the best checkpoint is chosen by {name}, which is none of {', '.join(metrics)}")
+        return name, metrics[name], name.rpartition("/")[2] in self.lower_is_better
 
     def caption(self, probs: Tensor, target: Tensor, classes: list[str]) -> list[str]:
         """Lines of text under an evaluated image: probabilities [E…, K], target [E…]."""
@@ -182,8 +194,8 @@ class Classification(Task):
         return [f"true {classes[int(target)]}", f"{classes[int(probs.argmax())]} ({float(probs.max()):.0%})"]
 
     def describe(self, outputs: Tensor, path: str, classes: list[str]) -> tuple[dict, None]:
-        mean = self.probabilities(outputs).mean(0)
-        record = {"class": classes[int(mean.argmax())], "probability": float(mean.max())}
+        mean, decided = self.probabilities(outputs).mean(0), int(self.decide(outputs, path, classes))
+        record = {"class": classes[decided], "probability": float(mean[decided])}
         return record | {"probabilities": dict(zip(classes, mean.tolist()))}, None
 
     def in_words(self, record: dict) -> str:

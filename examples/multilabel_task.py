@@ -81,11 +81,16 @@ def f_beta_reward(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: d
     return f_score(hits, actions.sum(-1), targets.sum(-1), metadata["beta"])
 
 
+def macro_f1(confusion: Tensor) -> Tensor:
+    """The mean over the tags of F1 over the data set, a score of the confusion matrix. confusion: [..., K, 2, 2]."""
+    return f_score(confusion[..., 1, 1], confusion[..., 1].sum(-1), confusion[..., 1, :].sum(-1)).mean(-1)
+
+
 class Multilabel(Task):
     """Tags of an image: a Bernoulli for each, over the logits of the class token."""
 
     keys = {"multilabel.beta": Key(1.0, float, "above 1 a missed tag costs more than a wrong one", **at_least(0))}
-    rewards = {"f_beta_reward": f_beta_reward}
+    rewards = {"f_beta_reward": f_beta_reward, "macro_f1": macro_f1}
 
     def open(self, root: str, classes: list[str] | None = None) -> TaggedImages:
         return TaggedImages(root, self.config["model"]["image_size"], self.config["multilabel"]["beta"], classes)
@@ -106,7 +111,8 @@ class Multilabel(Task):
 
     def describe(self, outputs: Tensor, path: str, classes: list[str]) -> tuple[dict, None]:
         probabilities = dict(zip(classes, self.probabilities(outputs).mean(0)[:, 1].tolist()))
-        return {"tags": [tag for tag, p in probabilities.items() if p > 0.5], "probabilities": probabilities}, None
+        tags = [tag for tag, yes in zip(classes, self.decide(outputs, path, classes).tolist()) if yes]
+        return {"tags": tags, "probabilities": probabilities}, None
 
     def in_words(self, record: dict) -> str:
         return ", ".join(record["tags"]) or "no tag"

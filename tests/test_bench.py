@@ -167,3 +167,10 @@ def test_the_plain_step_of_masks_and_boxes_is_the_supervised_one(tmp_path, task)
     for grad, p in zip(plain, setup.model.parameters()):
         torch.testing.assert_close(grad, p.grad, rtol=1e-4, atol=1e-6)
     assert len(bench.step_over_plain(path, keys, "tiny", 1.25, 0.0).values) == 3
+
+
+def test_opening_boxes_is_measured_beside_their_headers(capsys):
+    """Three pairs of both at least."""
+    row = bench.scan_boxes(40, budget=0, per_image=30)
+    assert len(row.values) == 3 and row.at_most == 1.5
+    assert "opening 40 images with 30 boxes each" in row.figure and capsys.readouterr().out.endswith("their sizes\n")

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, message
+from conftest import TINY, message, same
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 import build
@@ -25,6 +25,33 @@ class Fine:  # looks its module up by name, as annotations are text
 
 def half(actions, outputs, targets, metadata):
     return Fine().size * (actions == targets[:, None, None])
+
+def vandal(actions, outputs, targets, metadata):
+    for tensor in (actions, outputs, targets, metadata["counted"], metadata["indices"]):
+        tensor.zero_()
+    metadata["paths"].clear()
+    metadata.clear()
+    return actions.float()
+
+def divides(actions, *others):
+    none = actions.sum() * 0
+    return 1 / int(none)
+
+def deep(actions, *others):  # the error is torch's, the line is ours
+    return actions.view(-1, 7, 7)
+
+def beside(actions, *others):
+    import price_list  # when it is called
+    return price_list.price * actions.float()
+
+def three(actions, outputs, targets):
+    return actions
+
+def named(actions, outputs, targets, *, metadata):
+    return actions
+
+def defaults(a, b, c, d, e=5):
+    return a.float()
 
 number = 5
 """
@@ -64,10 +91,12 @@ def test_a_task_is_configured_by_name():
         ("nope.py:f", "nope.py cannot be loaded ([Errno 2] No such file or directory: "),
         ("rewards.py:nope", "no function nope in rewards.py"),
         ("rewards.py:number", "no function number in rewards.py"),
-        ("pixel_reward", "no function pixel_reward in classification_reward; your own is path/to/file.py:function"),
+        ("pixel_reward", "no function pixel_reward in classification_reward, macro_f1, balanced_accuracy, g_mean, "),
         ("broken.py:f", "broken.py cannot be loaded (expected ':' (broken.py, line 1))"),
         ("raising.py:f", "raising.py cannot be loaded (division by zero)"),
         ("rewards.txt:f", "rewards.txt cannot be loaded (its name should end in .py)"),
+        ("rewards.py:three", "rewards.py:three takes (actions, outputs, targets); expected four parameters (actions, "),
+        ("rewards.py:named", "rewards.py:named takes (actions, outputs, targets, *, metadata); expected four "),
     ],
 )
 def test_rewards_that_cannot_be_loaded(tmp_path, monkeypatch, reward, expected):
@@ -89,9 +118,47 @@ def test_rewards_of_the_task_and_of_ones_own(tmp_path):
     assert rewards == {"classification_reward": (classification_reward, 0.5)}
 
 
+def own_reward(folder, function: str):
+    """One of REWARDS, loaded from a file, and its name."""
+    (folder / "rewards.py").write_text(REWARDS)
+    name = f"{folder}/rewards.py:{function}"
+    return build.load_rewards(make_task(rollout__reward=name))[name][0], name
+
+
+def arguments() -> tuple:
+    """Of a reward, of one image."""
+    metadata = {"paths": ["a.png"], "indices": torch.tensor([3]), "counted": torch.tensor([True])}
+    return torch.tensor([[[0, 1]]]), torch.rand(1, 1, 3) + 1, torch.tensor([1]), metadata
+
+
+def test_a_reward_of_ones_own_may_write_into_its_arguments(tmp_path):
+    reward, _ = own_reward(tmp_path, "vandal")
+    given = arguments()
+    before = [given[0].clone(), given[1].clone(), given[2].clone(), dict(given[3])]
+    assert reward(*given).tolist() == [[[0, 0]]]
+    assert same(list(given), before) and given[3]["paths"] == ["a.png"] and int(given[3]["indices"]) == 3
+    assert own_reward(tmp_path, "defaults")[0](*given).tolist() == [[[0, 1]]]
+
+
+def test_an_error_inside_a_reward_names_it_and_the_line(tmp_path):
+    """Also where it is raised by what the reward calls."""
+    for function, error, text in (("divides", "ZeroDivisionError", "1 / int(none)"), ("deep", "RuntimeError", "7, 7")):
+        reward, name = own_reward(tmp_path, function)
+        line = next(i for i, row in enumerate(REWARDS.splitlines(), 1) if text in row)
+        told = message(reward, *arguments())
+        assert told.startswith(f"rollout.reward: {name}: {error}: ")
+        assert told.endswith(f"({tmp_path}/rewards.py, line {line})")
+
+
+def test_a_reward_may_import_what_lies_beside_it(tmp_path):
+    (tmp_path / "price_list.py").write_text("price = 5")
+    assert own_reward(tmp_path, "beside")[0](*arguments()).tolist() == [[[0, 5]]]
+
+
 def test_settings_are_those_of_the_config():
     """Every field; live groups are padded only where shapes are compiled."""
     fields = {"clip_low": 0.1, "clip_high": 0.4, "update_epochs": 2, "kl_coef": 0.5, "entropy_coef": 0.25}
+    fields["label_coef"] = 0.125
     fields |= {"max_grad_norm": 2.0, "objective": "supervised"}
     task = make_task(**{f"training__{name}": value for name, value in fields.items()})
     own = {"supervised_loss": task.supervised_loss, "micro_batch_size": 8, "pad_to": 1}

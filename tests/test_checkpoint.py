@@ -3,6 +3,7 @@
 import argparse
 import errno
 import io
+import math
 import multiprocessing
 import os
 import pickle
@@ -16,7 +17,7 @@ import torch
 from conftest import files, message, same
 
 import checkpoint
-from checkpoint import load_checkpoint, restore, save_checkpoint
+from checkpoint import Progress, load_checkpoint, restore, save_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol", "ignore:.*multi-threaded")
 
@@ -318,6 +319,20 @@ def test_restore(name):
     rows = [{"loss": torch.tensor(2.0)}]
     saved = {"step": 7, name: 0.5, "live_share": 0.25, "dead_steps": 3, "rows": rows, "optimizer": before.state_dict()}
     progress = restore(saved, after, {})
-    assert same(vars(progress), {"step": 7, "best_metric": 0.5, "live_share": 0.25, "dead_steps": 3, "rows": rows})
+    expected = {"step": 7, "best_metric": 0.5, "best_name": None, "stale": 0, "live_share": 0.25, "dead_steps": 3}
+    assert same(vars(progress), expected | {"rows": rows, "confusions": {}})
     assert same(after.state_dict()["state"], before.state_dict()["state"])
     assert after.param_groups[0]["weight_decay"] == 0.2
+    assert restore(saved | {name: -math.inf}, after, {}).best_metric is None  # as runs without an evaluation began
+
+
+def test_the_first_metric_is_the_best_and_then_the_better_one():
+    """Higher or lower, NaN only as the first; another name, after a resume with another training.best, begins anew."""
+    for lower, sign in ((False, 1), (True, -1)):
+        progress = Progress(best_metric=sign * 2.0)  # of an older checkpoint, which has no name for it
+        found = [progress.is_best("a", sign * x, lower) for x in (1.0, 3.0, 3.0, math.nan, 4.0)]
+        assert found == [False, True, False, False, True] and (progress.best_metric, progress.stale) == (sign * 4.0, 0)
+        progress = Progress()
+        assert [progress.is_best("a", x, lower) for x in (math.nan, math.nan, sign * -9.0)] == [True, False, True]
+        assert progress.is_best("b", sign * -50.0, lower) and not progress.is_best("b", sign * -51.0, lower)
+        assert progress.best_metric == sign * -50.0 and progress.stale == 1

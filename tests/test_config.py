@@ -94,7 +94,7 @@ BAD_VALUES = {
     "data.eval_dir": ("a text or null", [False]),
     "data.cache": ("auto | always | never", ["sometimes", True]),
     "data.on_bad_image": ("error | skip", ["drop"]),
-    "rollout.action": ("sample | argmax", ["greedy"]),
+    "rollout.action": ("sample | argmax | all", ["greedy"]),
     "rollout.advantage": ("grpo | rloo | maxrl", ["ppo"]),
     "training.objective": ("grpo | supervised", ["Grpo"]),
     "training.dtype": ("auto | float32 | bfloat16", ["float16"]),

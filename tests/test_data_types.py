@@ -31,6 +31,7 @@ def make_episode(size: int, elements: tuple[int, ...] = ()) -> Episode:
         metadata={"targets": torch.arange(size), "paths": ["x"] * size, "reward_terms": {"r": torch.rand(size, 2, 3)}},
         policy=policy,
         counted=torch.rand(size, *elements) < 0.5 if elements else None,
+        weights=torch.rand(actions.shape) if elements else None,
     )
 
 
@@ -92,6 +93,7 @@ def test_map_applies_to_every_tensor_of_an_episode():
     episode = make_episode(3, (2,)).detach()
     doubled = Episode.map(lambda tensors: 2 * tensors[0], [episode])
     parts = "masks", "metadata", "policy"
+    assert episode.weights is not None
     tensors = {field.name: 2 * getattr(episode, field.name) for field in fields(Episode) if field.name not in parts}
     assert doubled.policy is None and same({name: getattr(doubled, name) for name in tensors}, tensors)
     assert same(doubled.masks, {name: 2 * mask for name, mask in episode.masks.items()})

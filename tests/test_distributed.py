@@ -25,8 +25,15 @@ images.per_channel = lambda values, device: torch.tensor(values)[:, None, None] 
 sys.exit(train.main())
 """
 DIGITS = ["--config", "tiny.yaml", "training.steps=20", "training.micro_batch_size=4"]
+DIGITS += ["rollout.reward={classification_reward: 1, macro_f1: 0.3}"]
 SCENES = ["--config", str(ROOT / "config_segmentation.yaml"), "training.steps=8", "training.batch_size=8"]
-SCENES += ["training.micro_batch_size=2", "model.embed_dim=16", "model.depth=2", "training.eval_interval=4"]
+SCENES += [
+    "rollout.reward={mask_iou_credit: 1, mean_iou: 0.1}",
+    "training.micro_batch_size=2",
+    "model.embed_dim=16",
+    "model.depth=2",
+    "training.eval_interval=4",
+]
 SCENES += ["training.device=cpu", "data.num_workers=0", "data.train_dir=scenes/train", "data.eval_dir=scenes/eval"]
 
 

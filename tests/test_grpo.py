@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from conftest import message
 from hypothesis import example, given, settings
-from torch.distributions import Categorical, Distribution
+from torch.distributions import Bernoulli, Categorical, Distribution, Normal
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import choices
 import grpo
 from data_types import Credit, Episode, TensorMiniBatch
 from grpo import action_log_prob, classification_policy_adapter, compute_advantages, keyed_rng
@@ -428,6 +429,221 @@ def test_finished_advantages_pass_through(A):
         assert_close(roll(model, batch, both, T=1, A=A).advantages, plain[..., None] + expected)
 
 
+# --- Every choice -----------------------------------------------------------------------------------------------------
+
+
+def graded_by_choice(actions, outputs, targets, metadata):
+    """[B, T, A, E…], a number >= 0 for each truth and choice."""
+    return torch.tensor([[0.9, 0.2, 0.0], [0.1, 0.7, 0.4], [0.3, 0.0, 2.0]])[targets[:, None, None], actions].double()
+
+
+def exact_gradient(model, batch, masks, reward, estimator) -> torch.Tensor:
+    """What N → ∞ draws climb, by autograd through the probabilities: per image and element, with μ the mean over passes
+    of the expected reward: rloo μ, maxrl log μ, grpo μ / (σ + 1e-4) with σ held; the mean over what counts."""
+    kind = batch.targets.shape[1:]
+    log_p = model(batch.inputs, masks).unflatten(-1, (*kind, -1)).log_softmax(-1)  # [B, T, E…, K]
+    p, K = log_p.exp(), log_p.shape[-1]
+    r = torch.stack([reward(torch.full((4, p.shape[1], 1, *kind), k), None, batch.targets, {}) for k in range(K)], -1)
+    r = r.squeeze(2)  # [B, T, E…, K]
+    mean = (p * r).sum(-1).mean(1)
+    std = (p * (r - mean[:, None, ..., None]) ** 2).sum(-1).mean(1).sqrt().detach()
+    climbed = {"rloo": mean, "maxrl": mean.log(), "grpo": mean / (std + 1e-4)}[estimator]
+    counted = torch.ones_like(batch.targets, dtype=torch.bool) if batch.counted is None else batch.counted
+    return gradient_of(model, -climbed[counted].mean())
+
+
+@pytest.mark.parametrize("keep_graph", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_all_actions_climb_the_expectation_itself(estimator, kind, keep_graph):
+    """The gradient is that of the enumerated expectation, without noise, and the metrics are means under the policy."""
+    model, batch = model_and_batch(kind)
+    episode = roll(model, batch, graded_by_choice, action="all", advantage=estimator, keep_graph=keep_graph)
+    K = 3 if kind == "class" else 2
+    assert episode.actions.numel() == 0 and episode.log_probs.shape[:3] == (4, 2, K)
+    gradient, metrics = update(model, [episode])
+    exact = exact_gradient(model, batch, episode.masks, graded_by_choice, estimator)
+    assert exact.norm() > 0.01
+    assert_close(gradient, exact, 1e-9)
+    probs = adapter_of(batch.targets)(model(batch.inputs, episode.masks).detach()).probs.movedim(-1, 2)
+    every = torch.arange(K).view(1, 1, K, *[1] * (batch.targets.ndim - 1)).expand(probs.shape)
+    r = graded_by_choice(every, None, batch.targets, {})
+    mean = (probs * r).sum(2).mean(1)
+    std = (probs * (r - mean[:, None, None]) ** 2).sum(2).mean(1).sqrt()
+    for name, values in (("reward/mean", mean), ("reward/r", mean), ("reward/std", std)):
+        assert_close(metrics[name], grpo.mean_per_image(values, batch.counted).mean())
+    assert_close(metrics["policy/ratio"], 1.0)
+
+
+def test_sampled_actions_tend_to_all_actions():
+    """The same advantages, in the mean over very many draws."""
+    model, batch = make_model(), make_batch(2)
+    for estimator in ESTIMATORS:
+        every, many = (
+            update(model, [roll(model, batch, graded_by_choice, A=40_000, action=action, advantage=estimator)])[0]
+            for action in ("all", "sample")
+        )
+        assert (every - many).norm() < 0.02 * every.norm()
+
+
+@pytest.mark.parametrize("options", [{}, {"kl_coef": 0.7, "entropy_coef": 0.3}])
+@pytest.mark.parametrize("keep_graph", [True, False])
+def test_all_actions_over_epochs_are_a_slow_loop(keep_graph, options):
+    """Three steps: weights and old log_probs are the rollout's, each choice is clipped by itself."""
+    model, batch = make_model(), make_batch(4)
+    mine, reference = copy.deepcopy(model), make_model(depth=1)
+    episode = roll(model, batch, graded_by_choice, action="all", advantage="rloo", keep_graph=keep_graph)
+    optimizer, clips = torch.optim.AdamW(mine.parameters(), lr=0.02), []
+    old = mine(batch.inputs, episode.masks).detach().log_softmax(-1)
+    r = torch.stack([graded_by_choice(torch.full((4, 2, 1), k), None, batch.targets, {})[..., 0] for k in range(3)], -1)
+    advantages = r - (old.exp() * r).sum(-1, keepdim=True).mean(1, keepdim=True)
+    for _ in range(3):
+        log_p = mine(batch.inputs, episode.masks).log_softmax(-1)
+        log_q = reference(batch.inputs, episode.masks).detach().log_softmax(-1)
+        ratio = (log_p - old).exp()
+        gain = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
+        clips.append((old.exp() * (gain < ratio * advantages)).sum(-1).mean().item())
+        loss = -(old.exp() * gain).sum(-1).mean()
+        loss = loss + options.get("kl_coef", 0) * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        loss = loss + options.get("entropy_coef", 0) * (log_p.exp() * log_p).sum(-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    steps = torch.optim.AdamW(model.parameters(), lr=0.02)
+    options = options | {"reference": reference, "update_epochs": 3, "micro_batch_size": 3}
+    metrics = update(model, [episode], optimizer=steps, **options)[1]
+    assert clips[-1] > 0.01
+    assert_close(flat(model.parameters()), flat(mine.parameters()))
+    assert_close(metrics["policy/clip_fraction"], math.fsum(clips) / 3)
+
+
+@pytest.mark.parametrize("kind", ["class", "elements"])
+def test_all_actions_with_maxrl_and_one_pass_are_the_label(kind):
+    """Cross-entropy's gradient; over several passes that of the likelihood of their mean."""
+    model, batch = model_and_batch(kind)
+    gradient = update(model, [roll(model, batch, T=1, action="all")])[0]
+    assert_close(gradient, update(model, [roll(model, batch, T=1)], objective="supervised")[0], 1e-12)
+    episode = roll(model, batch, T=3, action="all")
+    probs = adapter_of(batch.targets)(model(batch.inputs, episode.masks)).probs
+    truth = batch.targets[:, None, ..., None].expand(*probs.shape[:-1], 1)
+    exact = gradient_of(model, -probs.gather(-1, truth).mean(1).log().mean())
+    assert_close(update(model, [episode])[0], exact, 1e-12)
+
+
+@pytest.mark.parametrize("gap", [95.0, 2000.0])
+def test_a_right_choice_too_rare_for_float32_still_counts_under_maxrl(gap):
+    """Its probability is below float32's smallest number; the gradient is cross-entropy's, and nothing is NaN."""
+    logits = torch.tensor([[[0.0, gap, 1.0]]], requires_grad=True)
+    policy = classification_policy_adapter(logits)
+    _, log_probs, _ = choices.every_choice(policy)
+    advantages = choices.expected_advantages(torch.tensor([[[1.0, 0.0, 0.0]]]), log_probs.detach(), "maxrl")
+    loss = grpo.clipped_loss(log_probs, log_probs.detach(), advantages, 0.2, 0.28)[0].mean()
+    gradient = torch.autograd.grad(loss, logits)[0]
+    assert_close(gradient, F.one_hot(torch.tensor([[1]]), 3) - F.one_hot(torch.tensor([[0]]), 3), 1e-6)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_equal_rewards_of_all_actions_are_dead(estimator):
+    """Exactly, though weights sum to 1 but for rounding, which moves the mean; a negative one is maxrl's NaN."""
+    log_weights = (torch.randn(3, 2, 7, generator=torch.manual_seed(0)) * 3).log_softmax(2)
+    rewards = torch.tensor([0.0, 0.1, 7.3e20]).view(3, 1, 1).expand(3, 2, 7)
+    assert (choices.expected_advantages(rewards, log_weights, estimator) == 0).all()
+    values = rewards.unsqueeze(2).movedim(-1, 3).squeeze(2)
+    assert (choices.value_advantages(values, log_weights) == 0).all()
+    negative = torch.where(torch.arange(7) == 3, -0.5, rewards[:2])
+    found = choices.expected_advantages(negative, log_weights[:2], estimator)
+    assert found.isnan().all() if estimator == "maxrl" else found.isfinite().all()
+    with pytest.raises(ValueError, match="gae"):
+        choices.expected_advantages(rewards, log_weights, "gae")
+
+
+def test_all_tags_are_judged_by_themselves():
+    """A Bernoulli has two choices, no and yes."""
+    model, targets = make_model(), torch.tensor([[1.0, 0, 0], [0, 1, 1]])
+    batch = replace(make_batch(2), targets=targets)
+
+    def right(actions, outputs, targets, metadata):
+        assert actions.shape == (2, 2, 2, 3) and actions[0, 0, :, 0].tolist() == [0, 1]
+        return (actions == targets[:, None, None]).double()
+
+    def adapter(logits):
+        return Bernoulli(logits=logits)
+
+    episode = grpo.rollout(model, batch, {"r": (right, 1.0)}, adapter, grpo.RolloutSettings(2, 4, "all", "rloo"))
+    loss, _ = grpo.policy_loss(episode, episode.policy, episode.log_probs, grpo.UpdateSettings())
+    p = model(batch.inputs, episode.masks).sigmoid()
+    chance = torch.where(targets[:, None] == 1, p, 1 - p)
+    assert_close(gradient_of(model, loss), gradient_of(model, -chance.mean()))
+
+
+def test_what_cannot_be_enumerated_is_said_in_one_line():
+    model, batch = model_and_batch("elements")
+    every = grpo.RolloutSettings(2, 4, "all", "rloo", max_choices=2)
+
+    def refusal(reward, adapter=elements_adapter, settings=every):
+        return message(grpo.rollout, model, batch, {"mine": (reward, 1.0)}, adapter, settings)
+
+    hint = "as rollout.action: all judges each choice of an element by itself"
+    expected = f"expected a tensor of shape [B, T, A, …] = [4, 2, 2, 3], {hint}"
+    assert refusal(any_score) == f"rollout.reward: mine returned a tensor of shape [4, 2, 2]; {expected}"
+    assert refusal(credit).endswith(hint)  # what has its own credit assignment judges whole actions
+    text = refusal(correct, lambda outputs: Normal(outputs, 1.0))
+    assert text == "rollout.action: all: a Normal has no choices that could be enumerated; take sample"
+    text = refusal(correct, lambda outputs: Categorical(logits=outputs.unflatten(-1, (2, 3))))
+    assert text == "rollout.action: all: 3 choices, rollout.max_choices is 2"
+
+
+# --- Values of alternatives -------------------------------------------------------------------------------------------
+
+
+def values_of(actions, outputs, targets, metadata):
+    """Any values of two choices, which differ by pass; the scores behind them are one per action."""
+    values = (
+        torch.linspace(-1, 2, outputs[..., :1].numel() * 6, dtype=torch.float64).sin().view(*outputs.shape[:2], 3, 2)
+    )
+    return Credit(None, actions.double().mean(-1), values)
+
+
+@pytest.mark.parametrize("keep_graph", [True, False])
+@pytest.mark.parametrize("action, beside", [("sample", ()), ("sample", ("element", "credit")), ("all", ("element",))])
+def test_values_of_alternatives_are_taken_exactly(action, beside, keep_graph):
+    """The gradient of Σ_k π(k) · value_k, whatever was drawn, plus that of other rewards; over several epochs too the
+    policy is compared with the rollout's."""
+    model, batch = model_and_batch("counted")
+    rewards = {"element": (correct, 2.0), "credit": (credit, 0.5), "values": (values_of, 3.0)}
+    if action == "all":
+        rewards["values"] = (lambda *arguments: replace(values_of(*arguments), rewards=correct(*arguments)), 3.0)
+    rewards = {name: rewards[name] for name in (*beside, "values")}
+    options = {"A": 3, "action": action, "advantage": "rloo", "keep_graph": keep_graph}
+    episode = roll(model, batch, rewards, **options)
+    assert episode.log_probs.shape == (4, 2, (3 if action == "sample" and beside else 0) + 2, 3)
+    probs = elements_adapter(model(batch.inputs, episode.masks)).probs
+    values = values_of(torch.zeros(4, 2, 1, 3), model(batch.inputs, episode.masks), batch.targets, {}).values
+    loss = -3 * (probs * values).sum(-1)[COUNTED[:, None].expand(4, 2, 3)].mean()
+    exact = gradient_of(model, loss)
+    others = {name: rewards[name] for name in beside}
+    if others:
+        exact = exact + update(model, [roll(model, batch, others, **options)])[0]
+    gradient, metrics = update(model, [roll(model, batch, rewards, **options)], lr=0.5, update_epochs=1)
+    assert_close(gradient, exact)
+    assert metrics["groups/live"] == 0.75  # in one image nothing counts
+    assert_close(metrics["policy/ratio"], 1.0)
+    episode = roll(model, batch, rewards, **options)
+    metrics = update(model, [episode], lr=2.0, update_epochs=3)[1]
+    assert metrics["policy/clip_fraction"] > 0
+
+
+def test_values_of_another_shape_are_refused():
+    model, batch = model_and_batch("elements")
+    for change, expected in (
+        (lambda c: replace(c, values=c.values[:, :1]), "values [4, 1, 3, 2], not [B, T, …, K] = [4, 2, 3, 'K']"),
+        (lambda c: replace(c, values=torch.cat([c.values] * 2, -1)), "values of 4 choices; the policy has 2"),
+        (lambda c: replace(c, values=None), "mine returned a Credit without advantages and without values"),
+    ):
+        text = message(roll, model, batch, {"mine": (lambda *x, change=change: change(values_of(*x)), 1.0)}, A=3)
+        assert text.startswith("rollout.reward: ") and expected in text
+
+
 # --- Loss -------------------------------------------------------------------------------------------------------------
 
 
@@ -487,7 +703,7 @@ def test_ratios_are_one_under_the_rollouts_masks_and_not_under_others(keep_graph
 @pytest.mark.parametrize("keep_graph", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "options", [{}, {"kl_coef": 0.7, "entropy_coef": 0.3}, {"objective": "supervised"}, {"update_epochs": 2}]
+    "options", [{}, {"kl_coef": 0.7, "label_coef": 0.3}, {"objective": "supervised"}, {"update_epochs": 2}]
 )
 def test_micro_batches_and_replays_give_the_batchs_gradient(options, kind, keep_graph):
     """For given masks and actions, uneven parts, in one of which nothing may count, accumulate the gradient of one pass
@@ -560,18 +776,20 @@ def squares(policy, targets):  # [B, T, 1, E…]
         ("entropy", {"entropy_coef": 0.3}),
         ("supervised", {"objective": "supervised"}),
         ("squares", {"objective": "supervised", "supervised_loss": squares}),
+        ("label", {"label_coef": 0.6, "supervised_loss": squares}),
     ],
 )
 def test_each_term_of_the_loss(term, options, kind, keep_graph):
     """Value and gradient of the policy gradient, of the exact KL to the reference under the same masks, of the entropy,
-    of the cross-entropy to the targets and of another loss: means over images, passes and what counts, dead groups
-    included; the reference gets no gradient."""
+    of the cross-entropy to the targets, of another loss, and of that beside the policy gradient: means over images,
+    passes and what counts, dead groups included; the reference gets no gradient."""
     model, batch = model_and_batch(kind)
     reference = copy.deepcopy(model)
     with keyed_rng("reference"), torch.no_grad():
         for p in reference.parameters():
             p.add_(0.05 * torch.randn(p.shape))
-    episode = roll(model, batch, correct if term == "reward" else constant, T=3, A=1, keep_graph=keep_graph)
+    rewarded = correct if term in ("reward", "label") else constant
+    episode = roll(model, batch, rewarded, T=3, A=1, keep_graph=keep_graph)
     shape = 4, 3, *batch.targets.shape[1:], -1
     log_p, log_q = (m(batch.inputs, episode.masks).view(shape).log_softmax(-1) for m in (model, reference))
     targets = batch.targets[:, None].expand(log_p.shape[:-1])
@@ -582,6 +800,7 @@ def test_each_term_of_the_loss(term, options, kind, keep_graph):
         "entropy": lambda: 0.3 * (log_p.exp() * log_p).sum(-1),
         "supervised": lambda: F.cross_entropy(log_p.flatten(0, -2), targets.flatten(), reduction="none"),
         "squares": lambda: (log_p[..., 1] - targets) ** 2,
+        "label": lambda: 0.6 * (log_p[..., 1] - targets) ** 2 - episode.advantages.squeeze(2) * ratio,
     }[term]()
     each = each.view(targets.shape).mean(1)  # [B, E…]
     loss = (each[COUNTED] if kind == "counted" else each).mean()

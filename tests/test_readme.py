@@ -69,14 +69,14 @@ def test_the_commands_that_train_are_valid(argv):
 
 @pytest.mark.parametrize("argv", PREDICT, ids=" ".join)
 def test_the_commands_that_predict_are_valid(argv, monkeypatch, tmp_path):
-    """Flags exist, images, --evaluate or --export are given, and the run is one that another command leaves behind."""
+    """Flags exist, images, --evaluate, --fit or --export are given, and the run is one that another command leaves."""
     seen, runs = [], list(map(parse, TRAIN))
-    for name in ("predict", "evaluate", "export"):
+    for name in ("predict", "evaluate", "fit", "export"):
         monkeypatch.setattr(predict, name, lambda args: seen.append(args) or 0)
     monkeypatch.chdir(tmp_path)  # --out makes its folder
     assert predict.main(argv) == 0
     (args,) = seen
-    assert [bool(args.images), bool(args.evaluate), bool(args.export)].count(True) == 1
+    assert [bool(args.images), bool(args.evaluate), bool(args.fit), bool(args.export)].count(True) == 1
     assert all((ROOT / image).exists() for image in args.images if not image.startswith("photos/"))  # the reader's own
     names = {dict(map(parse_override, run.overrides)).get("training.run_name", Path(run.config).stem) for run in runs}
     assert args.checkpoint in {f"ckpt/{name}" for name in names}

@@ -64,35 +64,38 @@ LONE = PAIRS.view(1, 1, 4, 1, 2).expand(4, 1, 4, 1, 2), torch.zeros(4, 1, 1, 2, 
     [case(2), case(3), case(3, absent=True), case(6, absent=True), (*LONE, torch.ones(4, 1, 2, dtype=torch.bool))],
 )
 def test_credit_against_brute_force(actions, outputs, targets, counted):
-    """R(a) - Σ_k π(k) R(a with the pixel set to k), over all K classes, at each counted pixel. Of masks of two pixels,
-    too, where a class vanishes when its only pixel leaves: 0 / 0 counts as 0."""
+    """The values of all K classes at each counted pixel differ as R(a with the pixel set to k), mean over the draws,
+    times the counted pixels. Of masks of two pixels, too, where a class vanishes when its only pixel leaves: 0 / 0
+    counts as 0."""
     credit = seg.mask_iou_credit(actions, outputs, targets, {"counted": counted})
-    assert isinstance(credit, Credit) and credit.advantages.shape == actions.shape
+    assert isinstance(credit, Credit) and credit.advantages is None and credit.values.shape == outputs.shape
     assert torch.equal(credit.rewards, seg.mask_iou_reward(actions, outputs, targets, {"counted": counted}))
-    probs = outputs.softmax(-1)
-    for b, t, a, y, x in itertools.product(*map(range, actions.shape)):
+    (B, T, A), (H, W, K) = actions.shape[:3], outputs.shape[2:]
+    for b, t, y, x in itertools.product(*map(range, (B, T, H, W))):
         if counted[b, y, x]:
-            expected = slow_mean_iou(actions[b, t, a], targets[b], counted[b])
-            for k in range(outputs.shape[-1]):
+            expected = torch.zeros(K, dtype=torch.float64)
+            for a, k in itertools.product(range(A), range(K)):
                 other = actions[b, t, a].clone()
                 other[y, x] = k
-                expected -= float(probs[b, t, y, x, k]) * slow_mean_iou(other, targets[b], counted[b])
-            assert float(credit.advantages[b, t, a, y, x]) == pytest.approx(expected, abs=1e-6)
+                expected[k] += slow_mean_iou(other, targets[b], counted[b]) * int(counted[b].sum()) / A
+            values = credit.values[b, t, y, x]
+            torch.testing.assert_close(values - values[0], expected - expected[0], rtol=0, atol=1e-5)
 
 
 def test_credit_keeps_its_precision_on_large_masks():
-    """Changes of 1e-6 in a score near 1, in float32: written without cancellation."""
+    """Changes of 1e-6 in a score near 1, in float32: written without cancellation. Times the pixels they are as large
+    as on small masks."""
     targets = torch.zeros(1, 512, 512, dtype=torch.int64)
     targets[:, :256] = 1
     actions = targets[:, None, None].clone()
     actions[..., 0, 0] = 0
-    advantages = seg.mask_iou_credit(actions, torch.zeros(1, 1, 512, 512, 2), targets, {}).advantages
+    values = seg.mask_iou_credit(actions, torch.zeros(1, 1, 512, 512, 2), targets, {}).values[0, 0]
     n = 512 * 256
     # the wrong pixel: class 0 has IoU n / (n + 1), class 1 (n - 1) / n; right they would both be 1
-    assert float(advantages[..., 0, 0]) == pytest.approx(-0.5 * (1 / (n + 1) + 1 / n) / 2, rel=1e-5)
+    assert float(values[0, 0, 1] - values[0, 0, 0]) / 512**2 == pytest.approx((1 / (n + 1) + 1 / n) / 2, rel=1e-5)
     # a right pixel of class 1, were it 0: class 1 loses 1 / n, class 0 goes from n / (n + 1) to n / (n + 2)
     lost = (1 / n + n / (n + 1) - n / (n + 2)) / 2
-    assert float(advantages[..., 0, 1]) == pytest.approx(0.5 * lost, rel=1e-5)
+    assert float(values[0, 1, 1] - values[0, 1, 0]) / 512**2 == pytest.approx(lost, rel=1e-5)
 
 
 def test_policy_is_a_categorical_by_pixel():

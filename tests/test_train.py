@@ -18,12 +18,14 @@ import torch
 import yaml
 from conftest import ROOT, TINY, files, make_folders, make_scenes, refused, same
 from PIL import Image
+from sklearn.metrics import f1_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import build
 import train
 from checkpoint import load_checkpoint
 from config import SCHEMA, flatten
+from evaluation import metrics_line
 from grpo import keyed_rng, rollout
 from images import prepare
 from vision_task import Classification, Task, VisionClassificationDataset, classification_reward
@@ -37,6 +39,7 @@ import itertools, torch
 calls = itertools.count(1)
 right = lambda actions, outputs, targets, metadata: (actions == targets[:, None, None]).float()
 one = lambda actions, *_: torch.ones(actions.shape)
+steps = lambda confusion: confusion.trace().round()  # a score of the confusion matrix, which is flat
 rare = lambda actions, *others: right(actions, *others) * (actions == 0)  # groups of class 0 alone can be live
 flat = lambda *arguments: right(*arguments).mean(2)
 nan = lambda *arguments: right(*arguments) * (torch.nan if next(calls) > 4 else 1)
@@ -171,6 +174,7 @@ def test_masks_and_boxes_are_learned_and_shown(capsys, task, metric, keys, bound
     assert run(*keys, "data.train_dir=scenes/eval", task=task) == 0
     found, said = scalars(), capsys.readouterr().out.splitlines()[-2]
     assert found[f"eval/{metric}"][steps] > bound and found[f"eval_mc/{metric}"][steps] > bound
+    best = "reward" if "rollout.reward=pixel_reward" in keys else best  # one that is not the task's first
     assert ckpt()["best_metric"] == pytest.approx(max(found[f"eval/{best}"].values()))
     picture = Image.open(io.BytesIO(events().Images("eval/most_uncertain")[0].encoded_image_string))
     assert len(picture.convert("RGB").getcolors(100_000)) > 50
@@ -189,6 +193,7 @@ def test_tensorboard_holds_what_it_should(capsys):
     logged = ["reward/mean", "reward/std", "reward/min", "groups/live", "loss", "grad_norm", "learning_rate"]
     logged += [f"policy/{name}" for name in ("entropy", "ratio", "clip_fraction", "kl")] + ["data/bad_images"]
     evaluated = [f"{kind}/{name}" for kind in ("eval", "eval_mc") for name in ("accuracy", "nll", "ece")]
+    evaluated += ["eval/reward", *(f"eval/reward/{term}" for term in terms)]
     expected = dict.fromkeys([*logged, *(f"reward/{term}" for term in terms)], [1, 5, 10, 12])
     assert {tag: list(values) for tag, values in found.items()} == expected | dict.fromkeys(evaluated, [6, 12])
     task = make_task()
@@ -233,8 +238,7 @@ def test_tensorboard_holds_what_it_should(capsys):
     assert found["eval/accuracy"][12] == pytest.approx(float((logits.argmax(1) == eval_set.targets).float().mean()))
     nll = torch.nn.functional.cross_entropy(logits, eval_set.targets)
     assert found["eval/nll"][12] == pytest.approx(float(nll), rel=1e-5)
-    line = "accuracy {:.4f} NLL {:.4f} ECE {:.4f} (mean over passes: accuracy {:.4f} NLL {:.4f} ECE {:.4f})"
-    line = "step 12: " + line.format(*(found[tag][12] for tag in evaluated))
+    line = f"step 12: {metrics_line({tag: found[tag][12] for tag in evaluated})}"
     assert line in capsys.readouterr().out.splitlines()
     before = left()
     for path in ("ckpt/tiny", "ckpt/tiny/", "ckpt/tiny/step_000012.pt"):
@@ -276,6 +280,53 @@ def test_a_metric_below_zero_has_a_best_checkpoint_too(monkeypatch):
     monkeypatch.setattr(Classification, "metrics", lambda self, probs, targets: {"accuracy": -7.0})
     assert run("training.steps=3", "training.eval_interval=1") == 0
     assert ckpt("tiny/best.pt")["step"] == 1 and ckpt()["best_metric"] == -7
+
+
+def test_the_own_reward_is_evaluated_and_chooses_the_best(capsys):
+    """Of the deterministic network's decisions over the evaluation set; a run with a reward of its own goes by the sum,
+    --evaluate says the same; where the file is gone it warns."""
+    Path("mine.py").write_text("import torch\nlow = lambda actions, *_: (actions == 1).float()\n")
+    rewards = "rollout.reward={mine.py:low: 2, macro_f1: 0.5, classification_reward: 1}"
+    assert run(rewards, "training.learning_rate=1e-2", "training.eval_interval=2", "rollout.action=all") == 0
+    found, said = scalars(), capsys.readouterr().out.splitlines()[-2]
+    assert found["eval/reward/classification_reward"] == found["eval/accuracy"]
+    parts = zip(
+        *(found[f"eval/reward/{name}"].values() for name in ("mine.py:low", "macro_f1", "classification_reward"))
+    )
+    totals = [2 * low + 0.5 * f1 + right for low, f1, right in parts]
+    assert list(found["eval/reward"].values()) == pytest.approx(totals, abs=1e-6)
+    assert ckpt()["best_name"] == "eval/reward" and ckpt()["best_metric"] == pytest.approx(max(totals))
+    assert re.search(r" reward \d\.\d{4} low \d\.\d{4} macro_f1 \d\.\d{4} classification_reward \d\.\d{4} \(mean", said)
+    task = build.configure(("tiny.yaml", flatten(ckpt()["config"], "")))[1]
+    dataset, model = task.open("eval"), build.build_model(task, 3, torch.device("cpu"))
+    model.load_state_dict(ckpt()["model"])
+    decided = task.network(model)(torch.stack([dataset[i] for i in range(12)])).argmax(-1)
+    expected = f1_score(dataset.targets, decided, average="macro")
+    assert found["eval/reward/macro_f1"][12] == pytest.approx(expected, abs=1e-6)
+    assert run("--evaluate", "ckpt/tiny") == 0 and capsys.readouterr().out.splitlines()[-1] == said
+    Path("mine.py").unlink()
+    assert run("--evaluate", "ckpt/tiny") == 0
+    *_, warning, line = capsys.readouterr().out.splitlines()
+    assert warning.startswith("warning: rollout.reward: mine.py cannot be loaded (") and line.startswith("step 12: acc")
+
+
+def test_the_best_by_a_metric_of_choice_and_no_more_patience(capsys):
+    """Less of the NLL is better; a run ends after two evaluations without a better one, and is then over."""
+    keys = ["training.eval_interval=1", "training.save_interval=99", "training.patience=2", "training.steps=40"]
+    assert run(*keys, "training.best=eval/nll", "training.learning_rate=3e-2", "training.warmup_steps=0") == 0
+    nll, lines = scalars()["eval/nll"], capsys.readouterr().out.splitlines()
+    best, last = min(nll, key=nll.get), max(nll)
+    assert ckpt("tiny/best.pt")["step"] == best and last == best + 2 == ckpt()["step"] < 40
+    assert lines[-2] == f"training.patience: 2 evaluations had no better eval/nll than {nll[best]:.4f}"
+    assert lines[-1] == f"done: ckpt/tiny/step_{last:06d}.pt"
+    assert run("--resume", "ckpt/tiny") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "nothing to do: training.steps is 40, training.patience is 2"
+    Path("score.py").write_text("def second(confusion):\n    return confusion[1, 1] / confusion[1].sum()\n")
+    assert run("training.run_name=score", "training.eval_interval=3", "training.best=score.py:second") == 0
+    found, state = scalars("score"), ckpt("score")
+    assert state["best_name"] == "eval/reward/score.py:second"
+    assert state["best_metric"] == pytest.approx(max(found["eval/reward/score.py:second"].values()))
+    assert found["eval/reward"] == found["eval/reward/classification_reward"]  # its weight is 0
 
 
 def test_each_host_says_what_is_wrong_there(capsys, monkeypatch):
@@ -324,6 +375,8 @@ def test_without_an_eval_folder_it_trains_and_says_so(capsys):
 
 REGULAR = ["training.kl_coef=0.1", "training.update_epochs=2", "data.augment=true", "training.micro_batch_size=5"]
 ARGMAX = ["rollout.action=argmax", "training.entropy_coef=0.1"]
+ALL = ["rollout.action=all", "training.update_epochs=2", "training.micro_batch_size=5"]
+MACRO_F1 = "rollout.reward={classification_reward: 1, macro_f1: 0.5}"
 
 
 @pytest.mark.parametrize(
@@ -332,11 +385,12 @@ ARGMAX = ["rollout.action=argmax", "training.entropy_coef=0.1"]
         ("classification", [], []),
         ("classification", ["data.augment=true"], ["data.num_workers=1", "data.cache=never"]),
         ("classification", REGULAR + ARGMAX, []),
+        ("classification", [*ALL, MACRO_F1], []),
         ("classification", ["training.layer_decay=0.7", "training.freeze_blocks=1", "training.kl_coef=0.1"], []),
         ("segmentation", REGULAR, []),
-        ("segmentation", ARGMAX, []),
+        ("segmentation", [*ALL, "rollout.reward=pixel_reward"], []),
         ("detection", REGULAR, []),
-        ("detection", ARGMAX, []),
+        ("detection", ALL, []),
     ],
 )
 def test_stopped_in_mid_epoch_and_resumed_it_is_the_run_in_one_piece(capsys, monkeypatch, task, keys, loader):
@@ -550,6 +604,22 @@ def test_micro_batches_of_rewards(monkeypatch):
     assert ckpt()["rows"] == [] and ckpt()["step"] == 12
 
 
+def test_every_choice_with_one_pass_is_the_label(monkeypatch):
+    """config_digits.yaml in float64: maxrl's 0/1 reward, taken exactly, is cross-entropy, step by step."""
+    monkeypatch.setattr("images.per_channel", lambda values, device: torch.tensor(values)[:, None, None] * 255)
+    keys = ["--config", str(ROOT / "config_digits.yaml"), "training.steps=10", "training.batch_size=16"]
+    keys += ["data.train_dir=train", "data.eval_dir=null", "data.num_workers=0", "training.device=cpu"]
+    torch.set_default_dtype(torch.float64)
+    try:
+        for name in ("rollout.action=all", "training.objective=supervised"):
+            assert train.main([*keys, name, "rollout.num_mc_samples=1", f"training.run_name={name.split('=')[1]}"]) == 0
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, tensor in ckpt("supervised")["model"].items():
+        torch.testing.assert_close(ckpt("all")["model"][name], tensor, atol=1e-9, rtol=0)
+    assert scalars("all")["loss"][10] != 0 and tensor.dtype == torch.float64
+
+
 def test_compiled(monkeypatch):
     """model.compile: the same weights, under the same names (traced by dynamo, run by eager kernels)."""
     compiled, compile_module = [], torch.nn.Module.compile
@@ -598,9 +668,16 @@ def test_start_from_supervised_weights(capsys):
         (["training.device=abacus"], "training.device: abacus is not available here ("),
         (["data.train_dir=odd", "data.eval_dir=null", "data.num_workers=1"], "odd/0/bad.png: not a readable image ("),
         (["training.log_dir=rewards.py"], "training.log_dir: rewards.py/tiny cannot be written (Not a directory)"),
+        (["training.ckpt_dir=/proc/x"], "training.ckpt_dir: /proc/x/tiny cannot be written ("),
         (
-            ["training.ckpt_dir=/proc/x"],
-            "training.ckpt_dir: /proc/x/tiny cannot be written (No such file or directory)",
+            ["rollout.reward=rewards.py:steps"],
+            "rollout.reward: rewards.py:steps has gradient 0 for ",
+        ),
+        (["training.best=eval/acc"], "training.best: the best checkpoint is chosen by eval/acc, which is none of "),
+        (["training.best=accuracy"], "training.best: no function accuracy in classification_reward, macro_f1, "),
+        (
+            ["training.best=rewards.py:one"],
+            "training.best: rewards.py:one: expected a metric, as eval/nll, or ",
         ),
         (["rollout.reward=rewards.py:flat"], "rollout.reward: rewards.py:flat returned a tensor of shape [16, 2]; "),
     ],

@@ -6,6 +6,7 @@
     uv run tools/bench.py --frozen --images DIR    # a ViT-S/14 at 98x98 whose frozen blocks' tokens are kept
     uv run tools/bench.py --plan --config config_24GB.yaml    # GPU memory of a config by calculation, in no time
     uv run tools/bench.py --scan 1000000                      # finding so many image files
+    uv run tools/bench.py --scan-boxes 100000                 # opening so many images with seven boxes each
 
 On the CPU in float32, best with nothing else running. The ratios are of wall-clock times of A, B, A, B, ... in one
 process, pair by pair. Figures that no config changes the meaning of are measured on the first config.
@@ -14,6 +15,8 @@ process, pair by pair. Figures that no config changes the meaning of are measure
 import argparse
 import copy
 import ctypes
+import io
+import json
 import os
 import statistics
 import subprocess
@@ -31,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.distributions import Categorical, Distribution
 from torch.ops import aten
@@ -39,6 +43,8 @@ from torch.utils import flop_counter
 import build
 from config import read_yaml
 from data_types import InputError, TensorMiniBatch
+from detection_task import DetectionDataset
+from folders import find_images, upright_sizes
 from grpo import keyed_rng, mean_counted, rollout, size_of, update_policy
 from images import Loading, Prepared, epoch_order, keep_decoded, micro_batches, prepare, stream_batches
 from report import Clock
@@ -373,6 +379,34 @@ def scan(count: int, classes: int = 1000) -> tuple[float, float]:
         return time.perf_counter() - begin, (resident("VmRSS") - before) / len(dataset)
 
 
+def scan_boxes(count: int, budget: float, per_image: int = 7) -> Row:
+    """Opening a detection folder of `count` images, which checks all of it ÷ only finding the files and their sizes."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.mkdir(f"{folder}/images")
+        Image.new("RGB", (640, 480)).save(picture := io.BytesIO(), "JPEG")
+        for i in range(count):
+            Path(f"{folder}/images/{i:012d}.jpg").write_bytes(picture.getvalue())
+        images = [{"id": i, "file_name": f"{i:012d}.jpg", "width": 640, "height": 480} for i in range(count)]
+        corner, size = torch.rand(2, count * per_image, 2, dtype=torch.float64) * 200 + 1
+        rows = torch.cat([corner, size], 1).round(decimals=2).tolist()
+        rows = [{"bbox": bbox, "image_id": i % count, "category_id": 1 + i % 80} for i, bbox in enumerate(rows)]
+        rows = [row | {"id": i, "area": 5.5, "iscrowd": 0, "segmentation": []} for i, row in enumerate(rows)]
+        coco = {"images": images, "annotations": rows, "categories": [{"id": 1 + i, "name": f"{i}"} for i in range(80)]}
+        Path(folder, "annotations.json").write_text(json.dumps(coco))
+        del images, rows, coco
+
+        def headers() -> None:
+            assert set(upright_sizes(find_images(folder))) == {(640, 480)}
+
+        def whole() -> None:
+            assert sum(map(len, DetectionDataset(folder, 224, 16).boxes)) == count * per_image
+
+        figure = f"opening {count} images with {per_image} boxes each ÷ finding them and their sizes"
+        times = pairs(whole, headers, budget)
+        print(f"{statistics.median(y for _, y in times):.1f} s to find the images and their sizes", flush=True)
+        return Row(figure, [x / y for x, y in times], 1.5)
+
+
 def memory_plan(task: Task, world: int = 1) -> dict[str, float]:
     """Bytes on each of `world` GPUs: weights, gradients and AdamW's two moments in float32, and what the forward pass
     of a micro-batch keeps for the backward pass. A block keeps, per token and unit of embed_dim, the inputs of norms,
@@ -438,6 +472,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", metavar="DIR", help="for --frozen: class folders of images (the config's)")
     parser.add_argument("--plan", action="store_true", help="GPU memory of the configs, by calculation")
     parser.add_argument("--scan", type=int, metavar="N", help="time and memory to find N image files")
+    parser.add_argument("--scan-boxes", type=int, metavar="N", help="time to open N images with boxes")
     parser.add_argument("--gpus", type=int, default=1, help="for --plan: over how many the batch is split (1)")
     parser.add_argument("--seconds", type=float, default=15, help="of repetitions for each figure (15)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch's (all cores)")
@@ -452,6 +487,8 @@ def main(argv: list[str] | None = None) -> int:
         elif args.scan:
             taken, size = scan(args.scan)
             print(f"{args.scan} files: {taken:.1f} s, {size:.0f} bytes of memory each")
+        elif args.scan_boxes:
+            print(scan_boxes(args.scan_boxes, args.seconds))
         elif args.plan:
             for path in args.config:
                 print(path)

@@ -85,7 +85,7 @@ STUDIES = {
         tuning={
             "label": [*LABEL, NO_BONUS],
             "mask_iou_credit": [],
-            "mask_iou_credit+pixel_reward": ["rollout.reward={mask_iou_credit: 300, pixel_reward: 1}", NO_BONUS],
+            "mask_iou_credit+pixel_reward": ["rollout.reward={mask_iou_credit: 0.3, pixel_reward: 1}", NO_BONUS],
         },
         columns=MASKS, tuning_columns=MASKS, markers=("masks", "masks-tuned"),
     ),
