@@ -31,6 +31,7 @@ from grpo import rollout, size_of, update_policy
 from images import BadImages, Loading, epoch_order, fingerprint, micro_batches, stream_batches
 from report import Clock, Console, Log, count_dead_steps, log_interval, read_rows
 from scores import open_scores
+from token_cache import open_networks
 
 REPLAY_BELOW = 0.6  # share of live groups below which a forward pass without a graph + a replay of the live is cheaper
 
@@ -75,7 +76,7 @@ def train(args: argparse.Namespace) -> int:
     # Data and model. Each process checks them for itself; only then do the processes meet.
     train_set, eval_set, cache = build.open_data(task, state, console)
     model, reference = build.open_model(task, train_set.classes, state, console)
-    network, reference_network = build.open_networks(task, model, reference, (train_set, eval_set), console)
+    network, reference_network = open_networks(task, model, reference, (train_set, eval_set), console)
     device = next(model.parameters()).device
     control = processes.connect(device)
 
