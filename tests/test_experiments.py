@@ -1,5 +1,6 @@
 """Runs, choices, figures and tables of experiments.py; its trainings are too long for a test."""
 
+import itertools
 import json
 from collections import Counter
 from dataclasses import replace
@@ -14,6 +15,9 @@ from conftest import load_script
 from experiments import Figures, Row, Run, Runner
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
+
+from build import configure, load_rewards
+from config import parse_override, read_yaml
 
 PARTS = tuple(map(Path, ("whole", "train", "held", "judged")))
 STAGE = studies.Stage("s", {"m": ["a.b=c"], "n": []}, studies.rates(1e-3, 2e-3, 4e-3), {"accuracy": "acc"})
@@ -202,15 +206,18 @@ def test_the_long_tail_is_twenty_times_as_frequent_at_its_head(monkeypatch, tmp_
 
 
 @pytest.mark.parametrize("name", studies.STUDIES)
-def test_all_studies_name_methods_and_settings_that_are_there(name):
+def test_all_studies_have_configs_that_can_be_run(name):
+    """Each method at each setting; the methods and settings that a stage names are there."""
     study = studies.STUDIES[name]
-    assert Path(study.config).exists()
     for stage in study.stages:
         assert {stage.paired, stage.ratio} - {None} <= set(stage.methods)
         assert stage.start in (None, *study.stages[0].methods)
-        assert all(
-            (stage.only or {}).get(method, next(iter(stage.settings))) in stage.settings for method in stage.methods
-        )
+        for method, setting in itertools.product(stage.methods, stage.settings):
+            assert (stage.only or {}).get(method, setting) in stage.settings
+            overrides = Run(study, stage, method, setting, 0, False).overrides(PARTS)
+            layers = (study.config, read_yaml(study.config)), ("", dict(map(parse_override, overrides)))
+            config, task = configure(*layers)
+            assert load_rewards(task) and config["training"]["learning_rate"] == float(setting.split()[0])
 
 
 def test_write_between_replaces_only_what_is_between(tmp_path, capsys):

@@ -216,7 +216,7 @@ STUDIES = {
         ),
     ),
     "long-tail": Study(
-        "long-tail", "config_digits.yaml", long_tail, 5, 2, 100, 1.5, common=("training.steps=600",),
+        "long-tail", "config_digits.yaml", long_tail, 5, 2, 300, 1.5, common=("training.steps=600",),
         scores=("balanced_accuracy", "macro_f1"),
         stages=(
             Stage("long-tail", {"label": LABEL}, rates(1e-3, 2e-3, **SUBSET),
