@@ -348,8 +348,9 @@ def choose(runner: Runner, study: Study, stage: Stage, job: Callable) -> dict[tu
             runner.left[study.name, stage.marker, method] = later * runner.minutes(study)
             continue
         for by in (False, True) if study.scores else (False,):
+            key = prefix + metric  # boxes' mAP is the same as decided
             values = {
-                setting: [value_of(run, prefix + metric, by) or value_of(run, prefix + metric, False) for run in runs]
+                setting: [run.get(f"{key}, decided", run[key]) if by else run[key] for run in runs]
                 for setting, runs in tried.items()
             }
             best[method, by] = max(values, key=lambda setting, v=values: sign * statistics.mean(v[setting]))
