@@ -139,7 +139,7 @@ def tuned_by_score(score: str, heading: str) -> Stage:
     """On the long-tailed digits: going on by the label, and by the score."""
     methods = {"label": LABEL, score: [f"rollout.reward={score}", "rollout.action=all"]}
     steps = {name: [*method, "training.steps=300"] for name, method in methods.items()}
-    settings = rates(5e-4, 2e-3, **SUBSET)
+    settings = rates(1e-3, **SUBSET)
     return Stage(
         f"long-tail-{score}", steps, settings, {score: heading, "accuracy": "accuracy"}, start="label", paired="label"
     )
@@ -219,7 +219,7 @@ STUDIES = {
         "long-tail", "config_digits.yaml", long_tail, 5, 2, 300, 1.5, common=("training.steps=600",),
         scores=("balanced_accuracy", "macro_f1"),
         stages=(
-            Stage("long-tail", {"label": LABEL}, rates(1e-3, 2e-3, **SUBSET),
+            Stage("long-tail", {"label": LABEL}, rates(1e-3, **SUBSET),
                   {"balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1", "accuracy": "accuracy"}),
             tuned_by_score("balanced_accuracy", "balanced accuracy"),
             tuned_by_score("macro_f1", "macro-F1"),
