@@ -108,7 +108,8 @@ def read_events(folder: Path) -> dict:
     speeds, batch_size = events.Scalars("speed/images_per_second"), 64  # ratios of times alone are shown
     steps = [0] + [point.step for point in speeds]
     seconds = np.cumsum([0] + [(b - a) * batch_size / point.value for a, b, point in zip(steps, steps[1:], speeds)])
-    curve = [(p.step, round(float(np.interp(p.step, steps, seconds)), 2), p.value) for p in events.Scalars(tags[0])]
+    points = events.Scalars(tags[0])  # float32: 0.95 would be a little less
+    curve = [(p.step, round(float(np.interp(p.step, steps, seconds)), 2), round(p.value, 6)) for p in points]
     return metrics | {"seconds": float(seconds[-1]), "curve": curve}
 
 
@@ -266,7 +267,7 @@ class Runner:
         metrics = read_events(ROOT / "logs" / run.name)
         curve, seconds = metrics.pop("curve"), metrics.pop("seconds")
         if study.until:
-            reached = next((point for point in curve if point[2] >= study.until), (math.nan, math.inf))
+            reached = next((point for point in curve if point[2] >= study.until), (math.inf, math.inf))
             return {"step": reached[0], "seconds": reached[1]}
         if study.name == "digits":
             metrics |= {"curve": [(step, at, round(value, 4)) for step, at, value in curve], "cost": mean_cost(folder)}

@@ -211,7 +211,7 @@ STUDIES = {
         stages=(
             Stage(
                 "time", {"supervised": LABEL, "maxrl_all": MAXRL_ALL}, rates(5e-4, 1e-3, 2e-3),
-                {"accuracy": "eval accuracy", "steps": "steps"}, only=CHOSEN, ratio="supervised",
+                {"step": "steps"}, only=CHOSEN, ratio="supervised",
             ),
         ),
     ),
