@@ -43,6 +43,7 @@ class FakeRunner(Runner):
 
     def train(self, run):
         self.trained.append(run)
+        return True
 
     def judge(self, run):
         rate = float(run.setting)
@@ -156,6 +157,36 @@ def test_a_table_has_paired_differences_ratios_and_what_is_decided():
     assert experiments.table(stage, rows[:1], 3) is None  # a method is missing
     rows[1] = Row("m", False, "0.2", {0: run(0.1, 1, 1), 1: run(0.1, 1, 1)})
     assert experiments.table(stage, rows[:2], 3).endswith("| 0.10 (0.10–0.10) | never |")
+
+
+@pytest.mark.parametrize(
+    ("until", "status", "good"), [(None, 0, True), (None, 143, False), (0.95, 143, True), (0.95, 2, False)]
+)
+def test_a_run_is_ended_once_where_it_is_good_enough(monkeypatch, tmp_path, until, status, good):
+    """A second signal would kill it before it has saved; one that fails is told, and left."""
+    signals, lines = [], ["step 5: accuracy 0.9 NLL 1\n", "step 10: accuracy 0.9500 NLL\n", "step 15: accuracy 0.97\n"]
+
+    class Process:
+        stdout, returncode = lines, status
+
+        def __init__(self, command, **more):
+            assert command[-1] == "training.run_name=digits-m-0.001-0" and "--resume" in command
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def terminate(self):
+            signals.append(1)
+
+    monkeypatch.setattr(experiments.subprocess, "Popen", Process)
+    study, runner = replace(STUDY, until=until), Runner(Figures(tmp_path / "f.json"), 1)
+    runner.parts["digits"] = PARTS
+    run = Run(study, STAGE, "m", "0.001", 0, False)
+    assert runner.train(run) is good and len(signals) == (until is not None)
+    assert good or (runner.run(run) is None and list(runner.left) == [run.keys])
 
 
 def test_events_give_the_last_metrics_and_the_seconds_of_training(tmp_path):

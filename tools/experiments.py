@@ -237,7 +237,9 @@ class Runner:
                 self.parts[run.study.name] = run.study.data(self.base)
             if run.start and not (ROOT / "ckpt" / run.start.name / "last.pt").exists():
                 self.train(run.start)  # its figures are kept, but it was run on another machine
-        self.train(run)
+        if not self.train(run):
+            self.left[run.keys] = minutes
+            return None
         with self.alone:
             metrics = self.judge(run)
         metrics = {key: round(x, 5) if isinstance(x, float) else x for key, x in metrics.items() if "ap/" not in key}
@@ -247,8 +249,9 @@ class Runner:
         print(f"{run.name}: {shown}", flush=True)
         return self.figures.get(*run.keys)
 
-    def train(self, run: Run) -> None:
-        """train.py to the end of a run, or until it is as good as it should be; one that was stopped goes on."""
+    def train(self, run: Run) -> bool:
+        """train.py to the end of a run, or until it is as good as it should be; one that was stopped goes on. Whether
+        it went well."""
         command = [sys.executable, "-c", TRAIN, "--config", run.study.config, "--resume", "auto"]
         command += [*run.overrides(self.parts[run.study.name]), f"training.eval_interval={run.study.eval_interval}"]
         command += [f"training.ckpt_dir={ROOT}/ckpt", f"training.log_dir={ROOT}/logs", f"training.run_name={run.name}"]
@@ -257,9 +260,12 @@ class Runner:
             for line in process.stdout:
                 value = re.match(r"step \d+: \w+ ([\d.]+)", line)
                 if until and value and float(value[1]) >= until:
-                    process.terminate()  # it saves a checkpoint
-        if process.returncode not in (0, 128 + signal.SIGTERM if until else 0):
-            raise SystemExit(f"{run.name}: train.py ended with {process.returncode}")
+                    process.terminate()  # it saves a checkpoint; a second signal would end it at once
+                    until = None
+        stopped = 128 + signal.SIGTERM if run.study.until else 0
+        if process.returncode not in (0, stopped):
+            print(f"{run.name}: train.py ended with {process.returncode}", flush=True)
+        return process.returncode in (0, stopped)
 
     def judge(self, run: Run) -> dict:
         """The figures of a run that is trained; those on the hold-out as holdout/…"""
