@@ -294,9 +294,12 @@ class Loader(yaml.SafeLoader):
         lines: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in lines:
                 where = f"{key.start_mark.name}: line {line}"
                 raise InputError(f"{where}: {key.value} is there twice, first in line {lines[key.value]}; remove one")
+            lines[key.value] = line
         return super().construct_mapping(node, deep)
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
