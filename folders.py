@@ -182,6 +182,8 @@ def find_classes(root: str, known: Iterable[str] | None = None) -> dict[str, str
     if not os.path.isdir(root):
         raise InputError(f"{root}: no such folder; {FOLDER_HINT}")
     entries, home = list_folder(root), os.path.realpath(root)
+    lost = sorted(e.path for e in entries if is_visible(e.name) and e.is_symlink() and not os.path.exists(e.path))
+    refuse([f"{path}: a link to {os.readlink(path)}, where nothing is; correct or remove it" for path in lost])
     names = sorted((e.name for e in entries if e.is_dir() and is_visible(e.name)), key=natural_key)
     real = {name: os.path.realpath(os.path.join(root, name)) for name in names}
     names = [name for name in names if not leads_back(real[name], home)]

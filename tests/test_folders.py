@@ -177,6 +177,10 @@ def test_links_that_lead_above_a_folder_are_circles(tmp_path):
         (tmp_path / name).symlink_to(to)
     assert find_images(str(tmp_path / "a")) == [own] and find_images(str(tmp_path)) == [own, other]
     assert list(find_classes(str(tmp_path))) == ["a", "b"]
+    (tmp_path / "c").symlink_to("not mounted")  # a class would be gone
+    expected = f"{tmp_path}/c: a link to not mounted, where nothing is; correct or remove it"
+    assert message(find_classes, str(tmp_path)) == expected
+    (tmp_path / "c").unlink()
     (tmp_path / "c").symlink_to("a")
     expected = f"{tmp_path}/c: by a link it is the same folder as {tmp_path}/a; remove one of the two classes"
     assert message(find_classes, str(tmp_path)) == expected
