@@ -251,7 +251,8 @@ def check_sizes(images: dict[Id, tuple], file: str, skip_bad: bool, findings: li
         else:
             says = f"the image has {found[0]}x{found[1]} pixels, {name} says {size[0]}x{size[1]}"
             turned = "the sides are swapped: remove its EXIF orientation, which turns it, or turn it if it has none"
-            findings.append(f"{path}: {says}; {turned if found == size[::-1] else 'put the right ones there'}")
+            other = "take the one that its boxes were drawn on"
+            findings.append(f"{path}: {says}; {turned if found == size[::-1] else other}")
             sizes.append(None)
     return sizes
 

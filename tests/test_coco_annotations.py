@@ -202,7 +202,7 @@ BROKEN = {  # changes, and how the one line ends that says what is wrong
     "image 7 (a.jpg): width and height should be whole numbers > 0, not 0, 16": row("images", 0, width=0),
     "should be whole numbers > 0, not 8.5, 16": row("images", 0, width=8.5),
     "should be whole numbers > 0, not True, 16": row("images", 0, width=True),
-    "a.jpg: the image has 8x16 pixels, annotations.json says 9x16; put the right": row("images", 0, width=9),
+    "a.jpg: the image has 8x16 pixels, annotations.json says 9x16; take the one": row("images", 0, width=9),
     "says 16x8; the sides are swapped: remove its EXIF": row("images", 0, width=16, height=8),
     "annotation 1: iscrowd 'maybe' should be 0 or 1": row("annotations", 0, iscrowd="Maybe"),
     "annotation 1: iscrowd 2 should be 0 or 1": row("annotations", 0, iscrowd=2),
