@@ -426,7 +426,8 @@ def memory_plan(task: Task, world: int = 1) -> dict[str, float]:
     block = 2 * 4 + (6 + 2 * model.mlp_ratio) * number  # bytes per token and unit of embed_dim, as all that follows
     last = 0
     if not task.dense:  # queries of one token: norm1's input, its output, k, v and little else
-        runs, last = runs - passes, passes * (4 + 3 * number)
+        ends = passes if stochastic else 1  # runs of the last block
+        runs, last = runs - ends, ends * (4 + 3 * number)
     kept = 4 * (runs + passes) + passes * block if model.activation_checkpointing else runs * block + last
     per_image = tokens * model.embed_dim * kept
     micro = training.micro_batch_size or training.batch_size // world
