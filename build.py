@@ -34,6 +34,7 @@ from data_types import InputError
 from deciding import Decider, decision_path, digest, load_decision
 from detection_task import Detection
 from evaluation import evaluate
+from frame import Frame
 from grpo import Reward, RolloutSettings, UpdateSettings, keyed_rng
 from images import (
     BadImages,
@@ -41,6 +42,7 @@ from images import (
     ImageDataset,
     Loading,
     Prepared,
+    item_shape,
     keep_decoded,
     ordered_batches,
     shared_memory_note,
@@ -378,9 +380,18 @@ def check_writable(training: SimpleNamespace) -> None:
             raise InputError(f"training.{key}: {folder} cannot be written ({error.strerror}); name another") from None
 
 
+def open_set(task: Task, root: str, classes: list[str] | None = None) -> ImageDataset:
+    """`Task.open`; a data set of the task's own that knows no more than the input's size gets data.resize. Raises
+    InputError."""
+    dataset, frame = task.open(root, classes), Frame.from_config(task.config)
+    if Frame.of(dataset.image_size).resize != frame.resize:
+        dataset.image_size = frame
+    return dataset
+
+
 def open_eval_set(task: Task, classes: list[str], console: Console) -> ImageDataset:
     """The evaluation's data set, whose classes are those of the training folder. Raises InputError."""
-    eval_set = task.open(task.config["data"]["eval_dir"], classes)
+    eval_set = open_set(task, task.config["data"]["eval_dir"], classes)
     console.line(f"{task.config['data']['eval_dir']}: {len(eval_set)} images")
     say_notes(eval_set, console)
     return eval_set
@@ -442,7 +453,7 @@ def open_data(task: Task, state: dict | None, console: Console) -> tuple[ImageDa
     """The data sets of training and evaluation, and whether decoded images are kept. What the training folder's format
     says of the classes holds for the evaluation's, too. Raises InputError."""
     data = sections(task.config)[0]
-    train_set = task.open(data.train_dir, state["classes"] if state else None)
+    train_set = open_set(task, data.train_dir, state["classes"] if state else None)
     wanted, found = task.config["model"]["num_classes"], len(train_set.classes)
     shown = ", ".join(f"{i} {name}" for i, name in enumerate(train_set.classes[:20])) + ", …" * (found > 20)
     console.line(f"{data.train_dir}: {len(train_set)} images of {found} classes (id name): {shown}")
@@ -496,7 +507,7 @@ def open_networks(
     versions = 2 if data.augment else 1
     dtype, depth = getattr(torch, data.token_dtype), len(model.blocks)
     with torch.no_grad():
-        black = torch.zeros(1, 3, train_set.image_size, train_set.image_size, dtype=torch.uint8)
+        black = torch.zeros(1, 3, *item_shape(train_set)[1:], dtype=torch.uint8)
         shape = Cached(networks[0], blocks, None).trunk(black.to(next(model.parameters()).device)).shape[1:]
     places = versions * len(train_set) + len(eval_set or ())
     size = places * shape.numel() * dtype.itemsize

@@ -21,6 +21,7 @@ from evaluation import (
     predictive_entropy,
 )
 from folders import SUFFIXES, class_notes, find_classes, find_images, not_read_note, same_name
+from frame import Frame
 from grpo import Reward, classification_policy_adapter, nll
 from images import ImageDataset, Prepared, draw_mirrored, mirror
 
@@ -143,11 +144,11 @@ class VisionClassificationDataset(ImageDataset):
 
     root: the folder. classes: the class names whose order gives the ids; None takes the subdirectories of `root` (of
     the training folder, that is; an evaluation folder is given the training folder's), numbers in them by their value.
-    Item i is the decoded image, uint8 [3, image_size, image_size]. `targets` is [n] int64, `paths` the n file names.
+    Item i is the decoded image, uint8 [3, H, W]. `targets` is [n] int64, `paths` the n file names.
     Raises InputError where there is no folder, no class, no image in a class, or a class not in `classes`.
     """
 
-    def __init__(self, root: str, image_size: int, classes: list[str] | None = None):
+    def __init__(self, root: str, image_size: int | Frame, classes: list[str] | None = None):
         folders, not_read = find_classes(root, classes), Counter()
         self.root, self.image_size = root, image_size
         self.classes = list(folders) if classes is None else list(classes)
@@ -179,7 +180,7 @@ class Classification(Task):
     rewards = {"classification_reward": classification_reward}
 
     def open(self, root: str, classes: list[str] | None = None) -> VisionClassificationDataset:
-        dataset = VisionClassificationDataset(root, self.config["model"]["image_size"], classes)
+        dataset = VisionClassificationDataset(root, Frame.from_config(self.config), classes)
         if len(dataset.classes) < 2:
             raise InputError(f"{root}: only one class, {dataset.classes[0]}; there is nothing to tell it from")
         return dataset

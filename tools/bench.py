@@ -46,7 +46,7 @@ from data_types import InputError, TensorMiniBatch
 from detection_task import DetectionDataset
 from folders import find_images, upright_sizes
 from grpo import keyed_rng, mean_counted, rollout, size_of, update_policy
-from images import Loading, Prepared, epoch_order, keep_decoded, micro_batches, prepare, stream_batches
+from images import Loading, Prepared, epoch_order, item_shape, keep_decoded, micro_batches, prepare, stream_batches
 from report import Clock
 from token_cache import Cached, TokenCache, kept_blocks
 from vision_task import Task, VisionClassificationDataset
@@ -116,7 +116,7 @@ def load_images(task: Task, count: int) -> TensorMiniBatch:
     """The first `count` training images, uint8; decoded into their place, so that memory sees the batch once."""
     dataset = task.open(task.config["data"]["train_dir"])
     indices = torch.arange(count) % len(dataset)
-    images = torch.empty(count, dataset.channels, dataset.image_size, dataset.image_size, dtype=torch.uint8)
+    images = torch.empty(count, *item_shape(dataset), dtype=torch.uint8)
     for image, i in zip(images, indices.tolist()):
         image.copy_(dataset[i])
     return dataset.batch(indices, images)
@@ -417,8 +417,8 @@ def memory_plan(task: Task, world: int = 1) -> dict[str, float]:
     config = task.config
     model, training = SimpleNamespace(**config["model"]), build.sections(config)[2]
     with torch.device("meta"):
-        params = sum(p.numel() for p in VisionTransformer(**build.shape_of(config), num_classes=1000).parameters())
-    tokens = 1 + (model.image_size // model.patch_size) ** 2
+        vit = VisionTransformer(**build.shape_of(config), num_classes=1000)
+    params, tokens = sum(p.numel() for p in vit.parameters()), 1 + vit.num_patches
     stochastic = model.depth if model.dropout_blocks is None else model.dropout_blocks
     passes = config["rollout"]["num_mc_samples"]
     runs = model.depth - stochastic + stochastic * passes  # of a block, per image
