@@ -41,8 +41,6 @@ from images import (
     Batches,
     ImageDataset,
     Loading,
-    Prepared,
-    item_shape,
     keep_decoded,
     ordered_batches,
     shared_memory_note,
@@ -52,7 +50,6 @@ from processes import rank_and_world
 from report import Console
 from scores import READY, ConfusionScore, RewardEvaluation
 from segmentation_task import Segmentation
-from token_cache import Cached, TokenCache, allocate, kept_blocks
 from vision_task import Classification, Task
 from vit_model import VisionTransformer
 
@@ -294,7 +291,7 @@ def layers_of(file: tuple[str, dict], overrides: tuple[str, dict]) -> tuple[list
     """The layers of a new run's config, and lines about them. The sizes of the model are those of the file of
     model.checkpoint_path: those of the config file yield. Raises InputError for others on the command line."""
     values = [{name: value for name, value in layer.items() if value is not None} for _, layer in (file, overrides)]
-    path = (values[0] | values[1]).get("model.checkpoint_path")
+    path = (file[1] | overrides[1]).get("model.checkpoint_path")
     if not isinstance(path, str):
         return [file, overrides], []
     found = read_pretrained(os.path.expanduser(path))
@@ -477,48 +474,6 @@ def open_data(task: Task, state: dict | None, console: Console) -> tuple[ImageDa
     for note in shared_memory_note(data.num_workers, batch_bytes // rank_and_world()[1]):
         console.line(note)
     return train_set, eval_set, cache
-
-
-def open_networks(
-    task: Task,
-    model: nn.Module,
-    reference: nn.Module | None,
-    datasets: tuple[ImageDataset, ImageDataset | None],
-    console: Console,
-) -> tuple[nn.Module, nn.Module | None]:
-    """The model and the reference as functions of uint8 images; they share the tokens that leave the frozen blocks,
-    which are kept if they can be. datasets: of training and evaluation. A line says what is kept where, or why not.
-    Raises InputError."""
-    networks = [task.network(network) if network else None for network in (model, reference)]
-    data, _, training = sections(task.config)
-    blocks = kept_blocks(task.config["model"], training.freeze_blocks)
-    if not training.freeze_blocks:
-        return tuple(networks)
-    reasons = {
-        "data.token_cache: never": data.token_cache == "never",
-        "of several processes": rank_and_world()[1] > 1,
-        "of a network of the task's own": any(type(network) is not Prepared for network in filter(None, networks)),
-        "dropout comes before their end; set model.dropout_blocks lower": blocks < 1,
-    }
-    if why := next((reason for reason, holds in reasons.items() if holds), None):
-        console.line(f"frozen blocks: run again each epoch ({why})")
-        return tuple(networks)
-    train_set, eval_set = datasets
-    versions = 2 if data.augment else 1
-    dtype, depth = getattr(torch, data.token_dtype), len(model.blocks)
-    with torch.no_grad():
-        black = torch.zeros(1, 3, *item_shape(train_set)[1:], dtype=torch.uint8)
-        shape = Cached(networks[0], blocks, None).trunk(black.to(next(model.parameters()).device)).shape[1:]
-    places = versions * len(train_set) + len(eval_set or ())
-    size = places * shape.numel() * dtype.itemsize
-    cache, images = keep_decoded(data, *datasets)
-    in_memory = size + images * cache <= data.cache_limit_gb * 1e9
-    folder = None if in_memory else Path(data.token_cache_dir or training.ckpt_dir)
-    store = TokenCache(allocate((places, *shape), dtype, folder))
-    where = "memory" if in_memory else f"a file in {folder}, as data.cache_limit_gb is {data.cache_limit_gb:g}"
-    what = f"the tokens that leave {blocks} of {depth} blocks are kept" + (", mirrored too" if versions > 1 else "")
-    console.line(f"frozen blocks: {what}: {size / 1e6:.0f} MB in {where}")
-    return tuple(Cached(network, blocks, store) if network else None for network in networks)
 
 
 def open_model(

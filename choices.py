@@ -25,6 +25,7 @@ def every_choice(policy: Distribution) -> tuple[Tensor, Tensor, Tensor | None]:
     else:
         name = type(policy).__name__
         raise InputError(f"rollout.action: all: a {name} has no choices that could be enumerated; take sample")
+    log_probs = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)  # of an impossible choice the ratio is 1, not NaN
     return actions.movedim(0, 2), log_probs.movedim(0, 2), categorical
 
 
@@ -64,19 +65,23 @@ def expected_advantages(rewards: Tensor, log_weights: Tensor, estimator: str) ->
     return rewards.shape[2] * torch.where(dead & advantages.isfinite(), 0.0, advantages)
 
 
-def value_advantages(values: Tensor, log_probs: Tensor) -> Tensor:
+def value_advantages(values: Tensor, log_probs: Tensor, counted: Tensor | None = None) -> Tensor:
     """Of the values of each element's choices (`Credit`), [B, T, E…, K]: π(k) · (value_k - Σ_j π(j) value_j), in the
-    layout of the choices' log_probs, [B, T, K, E…]. Exactly 0 where all values are equal."""
+    layout of the choices' log_probs, [B, T, K, E…]. Exactly 0 where all values are equal, and where an element does
+    not count. counted: [B, E…] bool; None: all."""
     values, probs = values.movedim(-1, 2), log_probs.exp()
     centred = values - (probs * values).sum(2, keepdim=True)
-    dead = values.amax(2, keepdim=True) == values.amin(2, keepdim=True)
-    return torch.where(dead, 0.0, probs * centred)
+    live = values.amax(2, keepdim=True) != values.amin(2, keepdim=True)
+    live = live if counted is None else live & counted[:, None, None]
+    return torch.where(live, probs * centred, 0.0)
 
 
 def join(advantages: Tensor | None, of_choices: Tensor, num_actions: int) -> Tensor:
     """Advantages of drawn actions, [B, T, A] or [B, T, A, E…] (or of N actions, which have their weights), and those of
     choices, [B, T, K, E…], over one axis of num_actions, N, choices last: their plain mean over it is the mean over the
     draws plus the sum over the choices."""
+    if advantages is None and num_actions == of_choices.shape[2]:
+        return num_actions * of_choices
     elements = [0, 0] * (of_choices.ndim - 3)
     total = F.pad(num_actions * of_choices, [*elements, num_actions - of_choices.shape[2], 0])
     if advantages is None:

@@ -22,7 +22,7 @@ import numpy as np
 
 from config import one_line
 from data_types import InputError
-from folders import find_images, is_visible, refuse, same_name, upright_sizes
+from folders import find_images, is_visible, plain_name, refuse, same_name, upright_sizes
 
 FLAGS = {None: False, 0: False, 1: True, "0": False, "1": True, "false": False, "true": True}
 FAR = 1e9  # pixels, beyond any image
@@ -156,7 +156,7 @@ def read_categories(rows: list[dict], used: set, findings: list[str], notes: lis
     parents = {str(row.get("supercategory")) for row in rows if row.get("supercategory") != row.get("name")}
     parents -= {"None", "none"}  # of those without one
     for key in sorted(names, key=lambda key: (key not in used, isinstance(key, str), key or 0)):
-        name = same_name(names[key])
+        name = plain_name(names[key])
         if key not in used and (name in taken or (name in parents and len(names) > 1)):
             why = "its name is another's, too" if name in taken else "the others' parent"
             notes.append(f"category {key} ({name}) left out: {why}, and no annotation uses it")
@@ -164,7 +164,8 @@ def read_categories(rows: list[dict], used: set, findings: list[str], notes: lis
             findings.append(f"category {key} ({name}) is there twice, as {taken[name]} too; rename one of them")
         else:
             taken[name] = key
-    return {key: names[key] for key in sorted(taken.values(), key=lambda key: (isinstance(key, str), key or 0))}
+    order = sorted(taken, key=lambda name: (isinstance(taken[name], str), taken[name] or 0))
+    return {taken[name]: name for name in order}
 
 
 class ImageFiles:

@@ -22,7 +22,7 @@ from coco_ap import average_precision, box_iou, matched
 from config import FRACTION, POSITIVE, Key, one_of
 from data_types import Credit, InputError, TensorMiniBatch
 from evaluation import DenseEvaluation, predictive_entropy, to_picture, to_tensor
-from folders import same_name, upright_size
+from folders import plain_name, upright_size
 from frame import Crop, Frame, to_file, to_input
 from grpo import compute_advantages, nll
 from images import ImageDataset, draw_mirrored, mirror
@@ -60,8 +60,8 @@ class DetectionDataset(ImageDataset):
         self.classes = list(classes) if classes else names
         if not self.classes:
             raise InputError(f"{found.file}: it names no category")
-        place = {same_name(name): i for i, name in enumerate(self.classes)}
-        label = torch.tensor([place.get(same_name(name), -1) for name in names] or [-1])
+        place = {plain_name(name): i for i, name in enumerate(self.classes)}
+        label = torch.tensor([place.get(plain_name(name), -1) for name in names] or [-1])
         used = torch.bincount(torch.from_numpy(found.category), minlength=len(label)) > 0
         if unknown := sorted(name for name, known, u in zip(names, label >= 0, used) if u and not known):
             raise InputError(f"{found.file}: categories unknown in training: {', '.join(unknown)}")

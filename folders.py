@@ -17,9 +17,12 @@ SUFFIXES += (".avif",) if features.check("avif") else ()
 NOT_READ = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".jpe", ".svg", ".eps", ".pdf", ".psd", ".ico", ".tga"}
 NOT_READ |= {".dcm", ".nii", ".exr", ".hdr", ".npy", ".npz", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".dng"}  # cameras'
 NOT_READ -= set(SUFFIXES)
+NO_IMAGES = {".txt", ".xml", ".json", ".csv", ".tsv", ".yaml", ".yml", ".md", ".html", ".db", ".ini", ".py", ".zip"}
+STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")  # of image files, whatever their names
 SYSTEM = {"@eadir", "__macosx", "$recycle.bin", "system volume information", "lost+found", "#recycle", "@recycle"}
 MOST_LINES = 10  # of one message
 OrientationTag, WidthTag, HeightTag = ExifTags.Base.Orientation, ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations
 
 
 def is_visible(name: str) -> bool:
@@ -32,22 +35,33 @@ def same_name(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def plain_name(name: str) -> str:
+    """A class name without what cannot be seen: blanks around it, a byte-order mark before it, accents that are
+    composed otherwise."""
+    return same_name(name.removeprefix("\ufeff").strip())
+
+
 def folder_error(error: OSError) -> InputError:
     return InputError(f"{error.filename}: cannot be opened ({error.strerror}); change its permissions or move it")
 
 
+def leads_back(real: str, home: str) -> bool:
+    """Whether a link to the real path `real`, met below the real path `home`, leads in a circle: to it or above it."""
+    return home == real or home.startswith(os.path.join(real, ""))
+
+
 def find_images(root: str, not_read: Counter | None = None) -> list[str]:
     """All image files at any depth below `root`, sorted; links are followed, hidden and system folders are not.
-    not_read: counts, by suffix, the files that look like images of other formats. Raises InputError for a folder that
-    cannot be opened."""
-    found, visited = [], set()
+    not_read: counts, by suffix, the files that look like images of other formats, or are images under a suffix that is
+    not read. Raises InputError for a folder that cannot be opened."""
+    found, visited, home = [], set(), os.path.realpath(root)
 
     def stop(error: OSError) -> None:
         raise folder_error(error) from None
 
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=stop):
         real = os.path.realpath(folder)
-        if real in visited:  # a link in a circle
+        if real in visited or (visited and leads_back(real, home)):  # a link in a circle
             subfolders.clear()
             continue
         visited.add(real)
@@ -57,9 +71,20 @@ def find_images(root: str, not_read: Counter | None = None) -> list[str]:
                 continue
             if name.lower().endswith(SUFFIXES):
                 found.append(os.path.join(folder, name))
-            elif not_read is not None and (suffix := os.path.splitext(name)[1].lower()) in NOT_READ:
-                not_read[suffix] += 1
+            elif not_read is not None:
+                suffix = os.path.splitext(name)[1].lower()
+                if suffix in NOT_READ or (suffix not in NO_IMAGES and starts_as_image(os.path.join(folder, name))):
+                    not_read[suffix or "without a suffix"] += 1
     return sorted(found)
+
+
+def starts_as_image(path: str) -> bool:
+    try:
+        with open(path if os.path.isfile(path) else os.devnull, "rb") as file:  # a pipe would be waited for
+            start = file.read(12)
+    except OSError:
+        return False
+    return start.startswith(STARTS) or (start[:4], start[8:]) == (b"RIFF", b"WEBP")
 
 
 def not_read_note(not_read: Counter) -> list[str]:
@@ -78,19 +103,29 @@ def has_late_text(image: Image.Image) -> bool:
     return False
 
 
-def upright_size(path: str) -> tuple[int, int]:
-    """Width and height of the image file as `images.decode_image` turns it, from its header. Raises InputError."""
+def read_header(path: str) -> tuple[tuple[int, int], int]:
+    """Width and height of the image file as stored, and its EXIF orientation. Raises InputError."""
     try:
         with Image.open(path) as image:
             if image.format == "TIFF":  # Pillow turns these by itself, some versions on opening, others on loading
-                size, turn = (image.tag_v2[WidthTag], image.tag_v2[HeightTag]), image.tag_v2.get(OrientationTag, 1)
-            else:
-                early = image.format == "PNG" and not has_late_text(image)  # a PNG's own method decodes the pixels
-                exif = Image.Image.getexif(image) if early else image.getexif()
-                size, turn = image.size, exif.get(OrientationTag, 1)
+                size = image.tag_v2[WidthTag], image.tag_v2[HeightTag]
+                return size, image.tag_v2.get(OrientationTag, 1)
+            early = image.format == "PNG" and not has_late_text(image)  # a PNG's own method decodes the pixels
+            exif = Image.Image.getexif(image) if early else image.getexif()
+            return image.size, exif.get(OrientationTag, 1)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise InputError(f"{path}: not a readable image ({one_line(error)}); repair or remove it") from error
-    return size[::-1] if turn in (5, 6, 7, 8) else size
+
+
+def upright_size(path: str) -> tuple[int, int]:
+    """Width and height of the image file as `images.decode_image` turns it, from its header. Raises InputError."""
+    size, turn = read_header(path)
+    return size[::-1] if turn in SIDEWAYS else size
+
+
+def is_sideways(path: str) -> bool:
+    """Whether the file's EXIF orientation swaps width and height. Raises InputError."""
+    return read_header(path)[1] in SIDEWAYS
 
 
 def upright_sizes(paths: Iterable[str]) -> list[tuple[int, int] | InputError]:
@@ -139,9 +174,11 @@ def find_classes(root: str, known: Iterable[str] | None = None) -> dict[str, str
     else."""
     if not os.path.isdir(root):
         raise InputError(f"{root}: no such folder; {FOLDER_HINT}")
-    entries = list_folder(root)
+    entries, home = list_folder(root), os.path.realpath(root)
     names = sorted((e.name for e in entries if e.is_dir() and is_visible(e.name)), key=natural_key)
-    unknown = [name for name in names if known is None or same_name(name) not in set(map(same_name, known))]
+    real = {name: os.path.realpath(os.path.join(root, name)) for name in names}
+    names = [name for name in names if not leads_back(real[name], home)]
+    unknown = [name for name in names if known is None or plain_name(name) not in set(map(plain_name, known))]
     if unknown:
         refuse_other_purposes(root, names, entries)
     if known is not None and unknown:
@@ -149,10 +186,14 @@ def find_classes(root: str, known: Iterable[str] | None = None) -> dict[str, str
     if not names:
         raise InputError(f"{root}: no subdirectories; {FOLDER_HINT}")
     folders: dict[str, str] = {}
+    owner: dict[str, str] = {}
     for name in names:
-        if other := folders.get(same_name(name)):
-            raise InputError(f"{os.path.join(root, name)}: its name looks like that of {other}; rename one of them")
-        folders[same_name(name)] = os.path.join(root, name)
+        path = os.path.join(root, name)
+        if other := folders.get(plain_name(name)):
+            raise InputError(f"{path}: its name looks like that of {other}; rename one of them")
+        if other := owner.get(real[name]):
+            raise InputError(f"{path}: by a link it is the same folder as {other}; remove one of the two classes")
+        folders[plain_name(name)] = owner[real[name]] = path
     return folders
 
 

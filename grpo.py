@@ -312,8 +312,8 @@ def rollout(
                 if weighting is None:
                     actions = actions if advantages is not None else actions[:, :, :0]  # nothing is learned from them
                     weighting = log_weights(choice_log_probs, categorical, actions.shape[2])
-                advantages = join(advantages, value_advantages(values, choice_log_probs), weighting.shape[2])
-                advantages = only_counted(advantages, batch.counted)
+                of_choices = value_advantages(values, choice_log_probs, batch.counted)
+                advantages = join(advantages, of_choices, weighting.shape[2])
             weights = None if weighting is None else weighting.exp() * weighting.shape[2]
         log_probs = all_log_probs(policy, actions, choices=weights is not None)
     return Episode(batch.inputs, masks, actions, log_probs, total, advantages, metadata, policy, batch.counted, weights)
@@ -394,10 +394,12 @@ def policy_loss(
     if not supervised:
         clip = settings.clip_low, settings.clip_high
         losses, ratio, clipped = clipped_loss(log_probs, episode.log_probs.detach(), episode.advantages, *clip)
-        loss, measured = loss + mean_counted(losses, counted), [ratio.detach(), clipped.to(ratio.dtype)]
-        if episode.weights is not None:
-            measured = [episode.weights * values for values in measured]
-        log = dict(zip(("policy/ratio", "policy/clip_fraction"), (mean_counted(x, counted) for x in measured)))
+        loss = loss + mean_counted(losses, counted)
+        log = {"policy/ratio": ratio.new_ones(()), "policy/clip_fraction": ratio.new_zeros(())}
+        if log_probs is not episode.log_probs:  # else each ratio is 1
+            weights = 1 if episode.weights is None else episode.weights
+            log["policy/ratio"] = mean_counted(weights * ratio.detach(), counted)
+            log["policy/clip_fraction"] = mean_counted(weights * clipped.to(ratio.dtype), counted)
     if settings.kl_coef:
         kl = mean_counted(kl_divergence(policy, reference_policy), counted)
         loss = loss + settings.kl_coef * kl

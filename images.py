@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -167,16 +168,6 @@ def shared_memory_note(num_workers: int, batch_bytes: int, folder: str = "/dev/s
     ]
 
 
-def worker_death(error: RuntimeError) -> InputError | None:
-    """What to say of DataLoader's complaint that a worker is gone; None for other errors."""
-    if "DataLoader worker" not in str(error):
-        return None
-    number = re.search(r"killed by signal: ([\w ]+)", str(error))
-    how = f"killed by the system ({number[1]})" if number else "killed by the system"
-    hint = "the memory may be too small for data.num_workers processes: lower it, or set it to 0"
-    return InputError(f"data.num_workers: a process that decodes images was {how}; {hint}")
-
-
 def _unpickle_decoder(file: str | None, dataset: bytes, on_bad: str) -> _BatchDecoder:
     if file:
         load_file(file)
@@ -192,7 +183,6 @@ def _ignore_signals(_worker_id: int) -> None:
 @atexit.register
 def _end_workers() -> None:
     """Python ends daemons by SIGTERM, which workers ignore, and would wait for ever for those of an unclosed stream."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would complain of a killed worker
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
@@ -261,12 +251,22 @@ def as_is(x: Any) -> Any:
     return x
 
 
-def explained(loader: Iterable) -> Iterator:
-    """The loader's items. Raises InputError where a worker is gone."""
+def explained(loader: DataLoader) -> Iterator:
+    """The loader's items. Raises InputError where a worker is gone; DataLoader's own handler of SIGCHLD would raise its
+    complaint in the midst of whatever the main thread is doing."""
+    handler = signal.getsignal(signal.SIGCHLD)
     try:
-        yield from loader
-    except RuntimeError as error:
-        raise worker_death(error) or error from None
+        items = iter(loader)
+        if loader.num_workers and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)
+        yield from items
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and not re.match(r"DataLoader worker .* exited unexpectedly", str(error)):
+            raise
+        raise InputError(
+            "data.num_workers: a process that decodes images was killed by the system; the memory may be too small for "
+            "so many: lower data.num_workers, or set it to 0"
+        ) from None
 
 
 def ordered_batches(

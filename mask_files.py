@@ -11,12 +11,22 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from config import one_line
 from data_types import InputError
-from folders import SUFFIXES, find_images, is_visible, not_read_note, refuse, same_name, upright_sizes
+from folders import (
+    SUFFIXES,
+    find_images,
+    is_sideways,
+    is_visible,
+    not_read_note,
+    plain_name,
+    refuse,
+    same_name,
+    upright_sizes,
+)
 from frame import Crop, Frame
 
 IGNORED, NO_CLASS = 255, 254  # in place of a class id
@@ -97,21 +107,10 @@ def check_sizes(images: list[str], masks: list[str], skip: bool) -> None:
             (wide, high), other = sizes
             line = f"{mask}: the mask has {other[0]}x{other[1]} pixels, its image {wide}x{high}"
             for path, turn in ((image, "the mask, too, or drop the tag"), (mask, "the image, too, or drop the tag")):
-                if other == (high, wide) and is_turned(path):
+                if other == (high, wide) and is_sideways(path):
                     line += f"; EXIF turns {path} by 90 degrees: turn {turn}"
             findings.append(line)
     refuse(findings)
-
-
-def is_turned(path: str) -> bool:
-    """Whether the file's EXIF orientation swaps width and height."""
-    with Image.open(path) as image:
-        return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-
-
-def plain(name: str) -> str:
-    """A class name without what cannot be seen: a byte-order mark before it, accents that are composed otherwise."""
-    return same_name(name.removeprefix("\ufeff").strip())
 
 
 def read_classes(root: str, classes: list[str] | None = None) -> tuple[list[str], str | None]:
@@ -131,7 +130,7 @@ def read_classes(root: str, classes: list[str] | None = None) -> tuple[list[str]
         return lines, None
     rows = []  # name and colour, None or rrggbb
     for line in lines:
-        name = plain(line)
+        name = plain_name(line)
         if match := re.fullmatch(r"(.*[^\s,:;])[\s,:;]*#([0-9a-fA-F]{6})", name):
             rows.append((match[1], match[2].lower()))
         elif re.match("#[0-9a-fA-F]{6}", name):
@@ -243,8 +242,8 @@ def class_ids(names: list[str], classes: list[str], value_255: str = "ignored") 
     """Pixel value -> class id, 255 for what is ignored, NO_CLASS: uint8 [256]. names: by pixel value, all of them among
     the classes, which are by id."""
     ids = np.full(256, NO_CLASS, dtype=np.uint8)
-    places = {plain(name): i for i, name in enumerate(classes)}
-    ids[: len(names)] = [places[plain(name)] for name in names]
+    places = {plain_name(name): i for i, name in enumerate(classes)}
+    ids[: len(names)] = [places[plain_name(name)] for name in names]
     ids[IGNORED] = ids[1] if value_255 == "foreground" else IGNORED
     return ids
 
@@ -304,7 +303,7 @@ class MaskClasses:
         self.classes = list(classes or names)
         if len(self.classes) > NO_CLASS:
             raise InputError(f"model.num_classes: {len(self.classes)}, but masks can hold at most {NO_CLASS} classes")
-        if unknown := sorted(set(map(plain, names)) - set(map(plain, self.classes))):
+        if unknown := sorted(set(map(plain_name, names)) - set(map(plain_name, self.classes))):
             raise InputError(f"{root}/classes.txt: classes unknown in the training folder: {', '.join(unknown)}")
         if classes and colours and not own_colours:
             names = classes  # the colours are in their order

@@ -38,7 +38,7 @@ from export import export_model
 from folders import SUFFIXES, find_images
 from frame import Frame
 from grpo import keyed_rng
-from images import BadImages, ImageDataset, Loading, decode_image, ordered_batches, to_rgb, worker_death
+from images import BadImages, ImageDataset, Loading, decode_image, ordered_batches, to_rgb
 from scores import RewardEvaluation
 from vision_task import Task
 
@@ -326,11 +326,6 @@ def main(argv: list[str] | None = None) -> int:
         return fit(args) if args.fit else evaluate(args) if args.evaluate else predict(args)
     except (InputError, OSError) as error:
         complain(error)
-        return 2
-    except RuntimeError as error:
-        if not (died := worker_death(error)):
-            raise
-        complain(died)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

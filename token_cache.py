@@ -1,18 +1,24 @@
 """Tokens that leave frozen blocks, kept: they are the same in every epoch, so that the trunk runs once per image."""
 
 import hashlib
+import math
 import mmap
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from data_types import InputError
-from images import Prepared, prepare
+from images import Prepared, item_shape, keep_decoded, prepare
+from processes import rank_and_world
+from report import Console
+from vision_task import Task
 
 CHUNK = 16  # images at a time, always: products of one shape round an image's tokens alike, whatever comes with it
 
@@ -90,3 +96,49 @@ class Cached(nn.Module):
     def forward(self, images: Tensor, masks: dict[str, Tensor] | None = None) -> Tensor:
         tokens = self.cache.tokens(images, self.trunk)
         return self.network.arrange(self.network.model(tokens, masks, start=self.blocks))
+
+
+def most_for_a_file(folder: Path) -> float:
+    """Half of the bytes that are free where `folder` is, or will be."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free / 2
+
+
+def open_networks(
+    task: Task, model: nn.Module, reference: nn.Module | None, datasets: tuple, console: Console
+) -> tuple[nn.Module, nn.Module | None]:
+    """The model and the reference as functions of uint8 images. They share the tokens that leave the frozen blocks,
+    which are kept if they can be. datasets: of training and evaluation (or None). A line says what is kept where, or
+    why nothing is. Raises InputError where data.token_cache_dir has no room."""
+    networks = [task.network(network) if network else None for network in (model, reference)]
+    data, training = (SimpleNamespace(**task.config[section]) for section in ("data", "training"))
+    blocks = kept_blocks(task.config["model"], training.freeze_blocks)
+    if not training.freeze_blocks:
+        return tuple(networks)
+    reasons = {
+        "data.token_cache: never": data.token_cache == "never",
+        "of several processes": rank_and_world()[1] > 1,
+        "of a network of the task's own": any(type(network) is not Prepared for network in filter(None, networks)),
+        "dropout comes before their end; set model.dropout_blocks lower": blocks < 1,
+    }
+    if why := [reason for reason, holds in reasons.items() if holds]:
+        console.line(f"frozen blocks: run again each epoch ({why[0]})")
+        return tuple(networks)
+    dtype, versions = getattr(torch, data.token_dtype), 2 if data.augment else 1
+    black = torch.zeros(1, 3, *item_shape(datasets[0])[1:], dtype=torch.uint8, device=next(model.parameters()).device)
+    shape = (
+        len(datasets[0]) * versions + len(datasets[1] or ()),
+        *Cached(networks[0], blocks, None).trunk(black).shape[1:],
+    )
+    size, (cached, images) = math.prod(shape) * dtype.itemsize, keep_decoded(data, *datasets)
+    in_memory = size + images * cached <= data.cache_limit_gb * 1e9
+    folder = None if in_memory else Path(data.token_cache_dir or training.ckpt_dir)
+    limit = f"data.cache_limit_gb is {data.cache_limit_gb:g}"
+    if folder and not data.token_cache_dir and size > most_for_a_file(folder):
+        why = f"their tokens take {size / 1e9:.1f} GB, more than half of what is free in {folder}, and {limit}"
+        console.line(f"frozen blocks: run again each epoch ({why}; data.token_cache_dir names another folder)")
+        return tuple(networks)
+    cache = TokenCache(allocate(shape, dtype, folder))
+    what = f"the tokens that leave {blocks} of {len(model.blocks)} blocks are kept"
+    where = f"a file in {folder}, as {limit}" if folder else "memory"
+    console.line(f"frozen blocks: {what}{', mirrored too' * (versions > 1)}: {size / 1e6:.0f} MB in {where}")
+    return tuple(Cached(network, blocks, cache) if network else None for network in networks)

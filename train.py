@@ -28,9 +28,10 @@ from config import describe_keys, one_line
 from data_types import InputError
 from evaluation import evaluate, metrics_line
 from grpo import rollout, size_of, update_policy
-from images import BadImages, Loading, epoch_order, fingerprint, micro_batches, stream_batches, worker_death
+from images import BadImages, Loading, epoch_order, fingerprint, micro_batches, stream_batches
 from report import Clock, Console, Log, count_dead_steps, log_interval, read_rows
 from scores import open_scores
+from token_cache import open_networks
 
 REPLAY_BELOW = 0.6  # share of live groups below which a forward pass without a graph + a replay of the live is cheaper
 
@@ -75,7 +76,7 @@ def train(args: argparse.Namespace) -> int:
     # Data and model. Each process checks them for itself; only then do the processes meet.
     train_set, eval_set, cache = build.open_data(task, state, console)
     model, reference = build.open_model(task, train_set.classes, state, console)
-    network, reference_network = build.open_networks(task, model, reference, (train_set, eval_set), console)
+    network, reference_network = open_networks(task, model, reference, (train_set, eval_set), console)
     device = next(model.parameters()).device
     control = processes.connect(device)
 
@@ -229,9 +230,6 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     except RuntimeError as error:
-        if died := worker_death(error):  # DataLoader may complain at any moment
-            print(f"train.py: {died}", file=sys.stderr)
-            return 2
         if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
             raise
         print(f"train.py: another process is gone, or out of reach ({one_line(error)[:160]})", file=sys.stderr)

@@ -20,7 +20,7 @@ from evaluation import (
     mutual_information,
     predictive_entropy,
 )
-from folders import SUFFIXES, class_notes, find_classes, find_images, not_read_note, same_name
+from folders import SUFFIXES, class_notes, find_classes, find_images, not_read_note, plain_name
 from frame import Frame
 from grpo import Reward, classification_policy_adapter, nll
 from images import ImageDataset, Prepared, draw_mirrored, mirror
@@ -152,7 +152,7 @@ class VisionClassificationDataset(ImageDataset):
         folders, not_read = find_classes(root, classes), Counter()
         self.root, self.image_size = root, image_size
         self.classes = list(folders) if classes is None else list(classes)
-        ids = {same_name(name): i for i, name in enumerate(self.classes)}
+        ids = {plain_name(name): i for i, name in enumerate(self.classes)}
         self.paths: list[str] = []
         targets = []
         for name in sorted(folders, key=ids.get):

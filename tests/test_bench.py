@@ -116,7 +116,7 @@ def test_bad_config_ends_with_one_line(capsys):
 
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("dropout_blocks", [None, 2])
+@pytest.mark.parametrize("dropout_blocks", [None, 2, 0])
 def test_the_memory_plan_is_what_a_forward_pass_keeps(task, dtype, dropout_blocks):
     """Bytes of the tensors saved for the backward pass of a small ViT, weights not counted, within a tenth."""
     model = {"image_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 2}

@@ -248,6 +248,7 @@ def test_another_size_on_the_command_line_is_refused(weights, tmp_path):
     assert configured(str(tmp_path / "narrow.pth"), {}, num_heads=3)[0]["num_heads"] == 3
     assert message(configured, str(tmp_path / "none.pth"), {}).endswith("none.pth: no such file")
     assert configured(None, {"model.patch_size": 7})[0]["patch_size"] == 7
+    assert configured(weights, {"model.patch_size": 7}, checkpoint_path=None)[0]["patch_size"] == 7
 
 
 def test_a_checkpoint_of_this_repo_says_everything(tmp_path):

@@ -326,6 +326,12 @@ def test_an_evaluation_may_have_more_categories_that_no_box_uses(tmp_path):
     assert message(read, tmp_path, ["ant", "zebra"]).endswith(": categories unknown in training: bee")
 
 
+def test_blanks_around_a_category_s_name_are_no_part_of_it(tmp_path):
+    make(tmp_path, changed(row("categories", 0, name=" zebra\n"), row("categories", 1, name="ant ")))
+    assert is_clean(read(tmp_path)) and is_clean(read(tmp_path, ["ant", "zebra"]))
+    assert [x.tolist() for x in read(tmp_path, ["ant ", "zebra"]).labels] == [[1], [0, 1], []]  # an older checkpoint's
+
+
 def test_no_object_at_all_is_said(tmp_path):
     dataset = read(make(tmp_path, changed(lambda c: c.update(annotations=[]))))
     assert dataset.notes == ("no object at all: there is nothing to find",) and dataset.classes == ["ant", "zebra"]

@@ -1,5 +1,6 @@
 """folders.py: which files are found, and what is said of the others."""
 
+import io
 import os
 import unicodedata
 from collections import Counter
@@ -19,6 +20,11 @@ def touch(path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     return str(path)
+
+
+def encoded(kind: str) -> bytes:
+    Image.new("RGB", (2, 2)).save(buffer := io.BytesIO(), kind)
+    return buffer.getvalue()
 
 
 def test_find_images_at_any_depth_with_any_case_of_suffix(tmp_path):
@@ -44,6 +50,23 @@ def test_system_folders_are_left_alone_and_other_formats_counted(tmp_path):
     assert find_images(str(tmp_path), not_read) == expected and not_read == {".heic": 2, ".jp2": 1}
     assert not_read_note(not_read) == [f"not read: 2 .heic, 1 .jp2 (the formats that are: {' '.join(SUFFIXES)})"]
     assert not_read_note(Counter()) == []
+
+
+def test_images_under_a_suffix_that_is_not_read_are_counted(tmp_path):
+    """Whatever it is, or without any; not texts, whatever begins them, and not what cannot be opened."""
+    data = {kind: encoded(kind) for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP")}
+    for i, picture in enumerate(data.values()):
+        (tmp_path / f"a{i}").write_bytes(picture)
+    (tmp_path / "b.jpg_large").write_bytes(data["JPEG"])
+    (tmp_path / "c.png.1").write_bytes(data["PNG"])
+    (tmp_path / "LICENSE").write_text("MIT")
+    (tmp_path / "d.txt").write_bytes(data["PNG"])
+    (tmp_path / "e.wav").write_bytes(b"RIFF\x24\0\0\0WAVEfmt ")
+    (tmp_path / "nowhere").symlink_to("none")
+    os.mkfifo(tmp_path / "pipe")
+    not_read = Counter()
+    assert find_images(str(tmp_path), not_read) == []
+    assert not_read == {"without a suffix": 5, ".jpg_large": 1, ".1": 1}
 
 
 def test_a_folder_that_cannot_be_opened_is_an_error(tmp_path):
@@ -111,6 +134,16 @@ def test_folders_made_for_something_else_are_no_classes(tmp_path, names, expecte
         assert len(classes) == 4 and note == "train, val are taken for classes, though they are called like splits"
 
 
+def test_blanks_around_a_class_name_are_no_part_of_it(tmp_path):
+    """They cannot be seen. An evaluation folder may differ in them, one folder may not."""
+    for name in ("a ", " b"):
+        (tmp_path / name).mkdir()
+    for known in (None, ["a", "b"], ["b ", "a"]):
+        assert find_classes(str(tmp_path), known) == {"a": f"{tmp_path}/a ", "b": f"{tmp_path}/ b"}
+    (tmp_path / "a").mkdir()
+    assert message(find_classes, str(tmp_path)).endswith("; rename one of them")
+
+
 def test_all_findings_are_one_message_of_at_most_ten_lines():
     refuse([])
     assert message(refuse, ["a\nb"]) == "a\\nb"
@@ -128,6 +161,19 @@ def test_find_images_follows_links_but_not_in_circles(tmp_path):
         (tmp_path / "class" / name).symlink_to(to)
     found = [os.path.relpath(path, tmp_path / "class") for path in find_images(str(tmp_path / "class"))]
     assert found == ["a/far.png", "linked.png", "own.png"]
+
+
+def test_links_that_lead_above_a_folder_are_circles(tmp_path):
+    """They would put the images of other classes into this one."""
+    own, other = touch(tmp_path / "a" / "own.png"), touch(tmp_path / "b" / "other.png")
+    for name, to in (("up", ".."), ("upper", "../.."), ("self", ".")):
+        (tmp_path / "a" / name).symlink_to(to)
+        (tmp_path / name).symlink_to(to)
+    assert find_images(str(tmp_path / "a")) == [own] and find_images(str(tmp_path)) == [own, other]
+    assert list(find_classes(str(tmp_path))) == ["a", "b"]
+    (tmp_path / "c").symlink_to("a")
+    expected = f"{tmp_path}/c: by a link it is the same folder as {tmp_path}/a; remove one of the two classes"
+    assert message(find_classes, str(tmp_path)) == expected
 
 
 @pytest.mark.parametrize("place", ["before the pixels", "behind the pixels", "in text"])

@@ -308,6 +308,14 @@ def test_all_findings_are_in_one_list_of_ten_lines(tmp_path):
     assert found[3] == f"{root}/masks/m0.png: a mask without an image in {root}/images"
 
 
+def test_swapped_sizes_of_a_file_that_is_cut_off(tmp_path):
+    """The header says all that it takes; the pixels are not looked at."""
+    root = folder(tmp_path, [[[0, 1]]])
+    Image.new("L", (1, 2)).save(path := tmp_path / "masks" / "0.png")
+    path.write_bytes(path.read_bytes()[:45])
+    assert message(opened, root) == f"{path}: the mask has 1x2 pixels, its image 2x1"
+
+
 def test_swapped_sizes_name_the_orientation(tmp_path):
     root, exif = folder(tmp_path, [[[0, 1]]]), Image.Exif()
     exif[0x0112] = 6

@@ -165,7 +165,7 @@ def test_where_yolo_names_its_classes(tmp_path, file):
     """A polygon becomes its box, and a line that is there twice counts once."""
     write_yolo(tmp_path / "yolo")
     (tmp_path / "yolo" / "data.yaml").unlink()
-    names = "path: x\nnames:\n  1: bee\n  0: ant\n  2: cat\n" if "ml" in file else "\ufeffant\r\nbee\r\ncat\r\n"
+    names = "path: x\nnames:\n  '1': bee\n  0: ant\n  2: cat\n" if "ml" in file else "\ufeffant\r\nbee\r\ncat\r\n"
     (tmp_path / "yolo" / file).write_text(names)
     (tmp_path / "yolo" / "labels" / "three.txt").write_text("1 0.25 0.5 0.5 0.5 0.5 0.75\n" * 2)
     convert(tmp_path / "yolo")
@@ -191,6 +191,7 @@ WRONG = {  # which file of which format, what it holds, and what the line says
     "yolo/data.yaml: not valid YAML": "names: [",
     "yolo/data.yaml: names should be of the classes 0 to 1, without a gap": "names: {1: ant, 2: bee}",
     "yolo/data.yaml: keypoints (kpt_shape); leave": "kpt_shape: [17, 3]\nnames: [ant, bee, cat]",
+    "yolo/data.yaml: names should be of the classes 0 to 2, without": "names: {0: ant, '0': bee, 1: cat}",
     "yolo: a class is named twice": "names: [ant, bee, bee]",
     "yolo: no data.yaml or classes.txt; name the classes": "train: images",
 }
@@ -204,6 +205,18 @@ def test_what_is_wrong_is_one_line(tmp_path, capsys, expected):
     (tmp_path / (file if "/" in file else f"{file}/data.yaml")).write_text(WRONG[expected])
     assert expected in refused(capsys, to_coco.main, str(tmp_path / kind))
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_labels_of_which_none_is_of_an_image_are_refused(tmp_path, capsys):
+    """All images would be without objects. One label file that fits is enough."""
+    write_yolo(tmp_path)
+    (tmp_path / "images").rename(tmp_path / "photos")
+    expected = f"{tmp_path}: no image has a label file, and {tmp_path}/labels/one.txt is of no image; "
+    assert refused(capsys, to_coco.main, str(tmp_path)).startswith(expected)
+    (tmp_path / "photos").rename(tmp_path / "images")
+    (tmp_path / "labels" / "one.txt").rename(tmp_path / "labels" / "other.txt")
+    convert(tmp_path)
+    assert "label files without an image, skipped: 1" in capsys.readouterr().out
 
 
 def test_a_folder_of_no_known_format_is_refused(tmp_path, capsys):

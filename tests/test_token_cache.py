@@ -184,6 +184,32 @@ def test_why_nothing_is_kept(folder, capsys, keys, why):
     assert "frozen blocks" not in capsys.readouterr().out
 
 
+def test_several_processes_keep_nothing(folder, capsys, monkeypatch):
+    """Each would see all images only after many epochs."""
+    monkeypatch.setattr(token_cache, "rank_and_world", lambda: (0, 2))
+    run("a", "training.steps=1")
+    assert "frozen blocks: run again each epoch (of several processes)" in capsys.readouterr().out.splitlines()
+
+
+def test_a_disk_is_not_filled_unasked(folder, capsys, monkeypatch):
+    """More than half of what is free beside the checkpoints: the blocks run again, unless a folder is named."""
+    monkeypatch.setattr(token_cache, "most_for_a_file", lambda folder: 5000.0)
+    run("a", "training.steps=1", "data.cache_limit_gb=0")
+    why = "their tokens take 0.0 GB, more than half of what is free in ckpt, and data.cache_limit_gb is 0"
+    expected = f"frozen blocks: run again each epoch ({why}; data.token_cache_dir names another folder)"
+    assert expected in capsys.readouterr().out.splitlines()
+    run("b", "training.steps=1", "data.cache_limit_gb=0", "data.token_cache_dir=kept")
+    line = KEPT.format(1, ", mirrored too") + "a file in kept, as data.cache_limit_gb is 0"
+    assert line in capsys.readouterr().out.splitlines()
+    assert list(Path("kept").iterdir()) == []
+
+
+def test_half_of_what_is_free(folder):
+    """Of the disk of a folder that need not be there yet."""
+    free = shutil.disk_usage(folder).free
+    assert token_cache.most_for_a_file(Path("not/there")) == pytest.approx(free / 2, rel=0.2)
+
+
 def test_a_full_disk_ends_the_run_before_the_first_step(folder, capsys, monkeypatch):
     monkeypatch.setattr(token_cache.os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     assert train.main(["--config", "tiny.yaml", "data.cache_limit_gb=0", "data.token_cache_dir=kept"]) == 2

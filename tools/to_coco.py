@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import yaml
 
-from coco_annotations import FLAGS, other_format
+from coco_annotations import FLAGS, as_id, other_format
 from config import one_line
 from data_types import InputError
 from folders import find_images, refuse, same_name, upright_size
@@ -141,9 +141,10 @@ def yolo_names(folder: Path) -> list[str]:
                 raise InputError(f"{path}: keypoints (kpt_shape); leave the class and the box alone in each label line")
             names = names.get("names")
             if isinstance(names, dict):
-                if sorted(names, key=str) != sorted(range(len(names)), key=str):
+                by_id = {as_id(key): name for key, name in names.items()}  # 0 and "0" are one, as for Ultralytics
+                if set(by_id) != set(range(len(names))):
                     raise InputError(f"{path}: names should be of the classes 0 to {len(names) - 1}, without a gap")
-                names = [names[i] for i in range(len(names))]
+                names = [by_id[i] for i in range(len(names))]
             if isinstance(names, list):
                 return [str(name) for name in names]
         for name in ("classes.txt", "obj.names"):
@@ -204,6 +205,9 @@ def read_yolo(folder: Path, findings: Findings) -> tuple[list[str], dict[str, Re
     texts = {path for path in Path(os.path.abspath(folder)).rglob("*.txt") if path.parent.parts[-3:].count("labels")}
     alone = [path for path in texts - used if path.name != "classes.txt"]
     findings.counts["label files without an image, skipped"] = len(alone)
+    if alone and not any(map(Path.is_file, used)):
+        hint = "images belong into images/, beside labels/, under the same names"
+        findings.append(f"{folder}: no image has a label file, and {min(alone)} is of no image; {hint}")
     return names, records
 
 
