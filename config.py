@@ -68,6 +68,31 @@ def read_size(value: Any) -> int | list[int]:
     return sides[0] if sides[0] == sides[-1] else sides
 
 
+def read_augment(value: Any) -> bool | dict[str, Any]:
+    """Whether images are mirrored, or what else is drawn for them, without what is off."""
+    if isinstance(value, bool):
+        return value
+    crop, flip, color, turn = (value.get(name) for name in ("crop", "flip", "color", "rotate90"))
+    found = {}
+    if crop is not None:
+        found["crop"] = low, high = [number(share) for share in crop]
+        if not 0 < low <= high <= 1:
+            raise ValueError
+    if flip not in (None, False):
+        found["flip"] = "h" if flip is True else flip
+    if color is not None and number(color):
+        found["color"] = number(color)
+    if turn is not None and turn is not False:
+        found["rotate90"] = turn
+    unknown = value.keys() - {"crop", "flip", "color", "rotate90"}
+    if unknown or found.get("flip", "h") not in ("h", "v", "hv") or not 0 <= found.get("color", 0) <= 1:
+        raise ValueError
+    if found.get("rotate90", True) is not True:
+        raise ValueError
+    return found or False
+
+
+AUGMENT = "true, false, or {crop: [least share, greatest share], flip: h | v | hv, color: 0 to 1, rotate90: true}"
 Schema = Mapping[str, Key]  # "section.key" -> what it may be
 SCHEMA: dict[str, Key] = {  # of every run; a task has further keys of its own (`Task.keys`)
     "model.image_size": Key(
@@ -106,7 +131,12 @@ SCHEMA: dict[str, Key] = {  # of every run; a task has further keys of its own (
         "how an image of another shape fits into the input; letterbox: padded with the mean; crop: its middle",
         **one_of("stretch", "letterbox", "crop"),
     ),
-    "data.augment": Key(False, bool, "mirror half of the training images left to right"),
+    "data.augment": Key(
+        False,
+        read_augment,
+        "true: mirror half of the training images left to right; or crops, flips, colours, rotations, with the targets",
+        rule=AUGMENT,
+    ),
     "data.num_workers": Key(1, int, "processes that decode images; 0: the main process", **at_least(0)),
     "data.on_bad_image": Key(
         "error", str, "skip: the next good one takes its place, up to 1 % or three", **one_of("error", "skip")
@@ -251,7 +281,7 @@ def convert(name: str, value: Any, key: Key) -> Any:
             return key.kind(value)
         if type(value) is not key.kind or not key.valid(value):
             raise error
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, AttributeError):
         raise error from None
     return value
 
@@ -279,6 +309,8 @@ def check_pairs(config: dict[str, Any]) -> None:
         value, limit = config[name] or 0, config[other]
         if value % limit if relation == "not a multiple of" else value > limit:
             raise InputError(f"{name}: {value} is {relation} {other}: {limit}")
+    if isinstance(size, list) and isinstance(config["data.augment"], dict) and "rotate90" in config["data.augment"]:
+        raise InputError(f"data.augment: rotate90 needs a square input, not model.image_size: {size}")
     embed_dim, mlp_ratio = config["model.embed_dim"], config["model.mlp_ratio"]
     dropout, passes = config["model.dropout"], config["rollout.num_mc_samples"]
     if config["model.positions"] == "rotary" and embed_dim // config["model.num_heads"] % 4:

@@ -17,6 +17,7 @@ from torch.distributions import Categorical, Distribution, Independent, Normal, 
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from augment import turned, turned_boxes
 from coco_annotations import read_annotations
 from coco_ap import average_precision, box_iou, matched
 from config import FRACTION, POSITIVE, Key, one_of
@@ -137,7 +138,7 @@ def visible(boxes: Tensor, labels: Tensor, crowd: Tensor, content: Tensor) -> di
     cut = torch.minimum(torch.maximum(boxes, low), high)
     area, left = ((x[..., 2:] - x[..., :2]).prod(-1) for x in (boxes, cut))
     centre = (boxes[..., :2] + boxes[..., 2:]) / 2
-    inside = ((centre >= low[..., :2]) & (centre < high[..., :2])).all(-1)
+    inside = ((centre >= low[..., :2]) & (centre <= high[..., :2])).all(-1)
     kept = crowd | (inside & (left >= area / 4))
     return {"boxes": torch.where(kept[..., None], cut, 0), "labels": torch.where(kept, labels, -1)}
 
@@ -151,7 +152,7 @@ def right_actions(metadata: dict, frame: Frame) -> tuple[Tensor, Tensor]:
         content = metadata["content"][:, None]
         grid = frame.height // patch_size, frame.width // patch_size
         centres = patch_centres(*grid, content.device) * patch_size
-        counted = counted & ((centres >= content[..., :2]) & (centres < content[..., 2:])).all(-1)[:, None]
+        counted = counted & ((centres >= content[..., :2]) & (centres <= content[..., 2:])).all(-1)[:, None]
     return targets, counted
 
 
@@ -559,6 +560,27 @@ class Detection(Task):
         mirrored = torch.stack([width - boxes[..., 2], boxes[..., 1], width - boxes[..., 0], boxes[..., 3]], -1)
         boxes = torch.where(chosen[:, None, None], mirrored, boxes)
         return TensorMiniBatch(mirror(batch.inputs, chosen), targets, batch.metadata | {"boxes": boxes}, counted)
+
+    def turn(self, batch: TensorMiniBatch, turns: Tensor) -> TensorMiniBatch:
+        """Patches change places, and their targets turn about their centres, so that just as many count."""
+        metadata, sizes = dict(batch.metadata), batch.inputs.shape[:-3:-1]  # width, height
+        metadata["boxes"] = turned_boxes(metadata["boxes"], turns, *sizes)
+        metadata["content"] = turned_boxes(metadata["content"][:, None], turns, *sizes)[:, 0]
+        grid = torch.arange(batch.targets.shape[2], device=turns.device).view(1, -1, metadata["columns"])
+        places = turned(grid.expand(len(batch), -1, -1), turns).flatten(1)[:, None]  # [B, 1, P]
+        targets = batch.targets.gather(2, places[..., None].expand_as(batch.targets))
+        raw = torch.where(turns[:, :1, None], targets[:, 1][..., [1, 0, 3, 2]], targets[:, 1])  # dx, dy, log w, log h
+        signs = F.pad(1 - 2 * turns[:, None, 1:].to(raw.dtype), (0, 2), value=1.0)  # [B, 1, 4]
+        targets = torch.stack([targets[:, 0], raw * signs], 1)
+        counted = batch.counted.gather(2, places.expand_as(batch.counted))
+        return TensorMiniBatch(turned(batch.inputs, turns), targets, metadata, counted)
+
+    def show(self, batch: TensorMiniBatch, i: int) -> tuple[Tensor, list[str]]:
+        """Patches are assigned to the objects that are drawn; crowds are in brackets."""
+        labels, crowd, boxes = (batch.metadata[name][i] for name in ("labels", "crowd", "boxes"))
+        names = [batch.metadata["classes"][label] for label in labels[labels >= 0].tolist()]
+        names = [f"({name})" if is_crowd else name for name, is_crowd in zip(names, crowd[labels >= 0].tolist())]
+        return draw_objects(batch.inputs[i], boxes[labels >= 0], names), [f"{len(names)} objects"]
 
     def evaluation(self, dataset: Dataset) -> BoxEvaluation:
         return BoxEvaluation(self, dataset)

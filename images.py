@@ -113,14 +113,17 @@ class _BatchDecoder(Dataset):
     def __init__(self, dataset: Dataset, on_bad: str):
         self.dataset, self.on_bad = dataset, on_bad
 
-    def __getitem__(self, indices: list[int]) -> tuple[list[int], dict[str, str], Tensor] | InputError:
+    def __getitem__(
+        self, indices: list[int] | list[tuple[int, Crop]]
+    ) -> tuple[list[int], dict[str, str], Tensor] | InputError:
         """The places that were decoded (with `drop` perhaps fewer), what is wrong with others, by file, the items."""
         found, bad, items = [], {}, []
         n = len(self.dataset)
         for index in indices:
+            index, *crop = index if isinstance(index, tuple) else (index,)
             for place in range(index, index + n if self.on_bad == "skip" else index + 1):
                 try:
-                    items.append(self.dataset[place % n])
+                    items.append(self.dataset.item(place % n, *crop) if crop else self.dataset[place % n])
                     found.append(place % n)
                     break
                 except InputError as error:
@@ -197,13 +200,14 @@ def stream_batches(
     *,
     cache: bool = False,
     part: slice = slice(None),
+    crops: Callable[[int], list[Crop]] | None = None,
 ) -> Iterator[TensorMiniBatch]:
     """The uint8 batches of the given steps of an endless pass over an `ImageDataset`: epoch after epoch, no image
     dropped. Step s takes places s * batch_size … of the epochs laid end to end, so they are a function of s alone.
 
     order(epoch): the epoch's permutation, [n]. cache: decoded images are kept in memory, and after a whole epoch no
     file is opened any more. part: the images of each batch that this process is to have; not with `cache`, which would
-    never be full.
+    never be full. crops(step): of the whole batch's images, [batch_size]; not with `cache` either.
     """
     n = len(dataset)
     order = lru_cache(maxsize=2)(order)
@@ -213,6 +217,10 @@ def stream_batches(
         epochs = range(int(places[0]) // n, int(places[-1]) // n + 1)
         return torch.cat([order(epoch)[places[places // n == epoch] % n] for epoch in epochs])[part]
 
+    def wanted(step: int) -> list[int] | list[tuple[int, Crop]]:  # lists: a tensor would go through shared memory
+        places = indices(step).tolist()
+        return list(zip(places, crops(step)[part])) if crops else places
+
     decode = steps
     if cache:
         seen_all = (-(-steps.start * batch_size // n) + 1) * n  # where the first epoch entered at its start ends
@@ -221,7 +229,7 @@ def stream_batches(
         source = torch.arange(n)  # the place that a place's image is taken from
     loader = DataLoader(
         _BatchDecoder(dataset, loading.on_bad),
-        sampler=(indices(step).tolist() for step in decode),  # lists: a tensor would go through shared memory
+        sampler=map(wanted, decode),
         batch_size=None,  # an item is a batch already
         num_workers=loading.num_workers,
         collate_fn=as_is,  # the default would make a tensor of what `share` made an array
@@ -239,7 +247,8 @@ def stream_batches(
         if cache:
             store[found] = items
             source[indices(step)] = torch.tensor(found)
-        batch = dataset.batch(torch.tensor(found, dtype=torch.int64), items)
+        moved = (crops(step)[part],) if crops else ()
+        batch = dataset.batch(torch.tensor(found, dtype=torch.int64), items, *moved)
         yield batch.pin_memory() if loading.pin_memory else batch
     for step in range(decode.stop, steps.stop):
         found = source[indices(step)]
@@ -282,16 +291,14 @@ def ordered_batches(
 
 
 def micro_batches(
-    batch: TensorMiniBatch, size: int, key: tuple[int, int], mirror: Callable | None
+    batch: TensorMiniBatch, size: int, key: tuple[int, int], augment: Callable | None
 ) -> Iterator[tuple[int, TensorMiniBatch]]:
-    """The batch in parts of `size` images, each with its place in the batch of all processes. mirror: mirrors half of a
-    part, see `Task.mirror`; its draws are a function of key, (seed, step), and the place."""
+    """The batch in parts of `size` images, each with its place in the batch of all processes. augment: see
+    `augment.augmentation`; its draws are a function of key, (seed, step), and the place."""
+    rank, world = rank_and_world()
     for start in range(0, len(batch), size):
-        part, index = batch[start : start + size], rank_and_world()[0] * len(batch) + start
-        if mirror:
-            with keyed_rng(*key, "flips", index):
-                part = mirror(part)
-        yield index, part
+        part, index = batch[start : start + size], rank * len(batch) + start
+        yield index, augment(part, key, index, world * len(batch)) if augment else part
 
 
 class Batches:

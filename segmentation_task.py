@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Categorical
 from torch.utils.data import Dataset
 
+from augment import turned
 from config import Key, one_of
 from data_types import Credit, TensorMiniBatch
 from evaluation import DenseEvaluation, confusion_matrix, draw_confusion, predictive_entropy, to_picture, to_tensor
@@ -244,6 +245,14 @@ class Segmentation(Task):
         chosen = draw_mirrored(batch.inputs)
         inputs, targets, counted = (mirror(x, chosen) for x in (batch.inputs, batch.targets, batch.counted))
         return TensorMiniBatch(inputs, targets, batch.metadata, counted)
+
+    def turn(self, batch: TensorMiniBatch, turns: Tensor) -> TensorMiniBatch:
+        inputs, targets, counted = (turned(x, turns) for x in (batch.inputs, batch.targets, batch.counted))
+        return TensorMiniBatch(inputs, targets, batch.metadata, counted)
+
+    def show(self, batch: TensorMiniBatch, i: int) -> tuple[Tensor, list[str]]:
+        truth = batch.targets[i].where(batch.counted[i], IGNORED)
+        return torch.cat([batch.inputs[i], overlay(batch.inputs[i], truth)], -1), ["image, truth"]
 
     def evaluation(self, dataset: Dataset) -> MaskEvaluation:
         return MaskEvaluation(self, dataset)

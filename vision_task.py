@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution
 from torch.utils.data import Dataset
 
+from augment import turned
 from config import Key
 from data_types import InputError, TensorMiniBatch
 from evaluation import (
@@ -86,6 +87,14 @@ class Task:
     def mirror(self, batch: TensorMiniBatch) -> TensorMiniBatch:
         """Half of the images left to right, drawn from torch's global generator, with all that has a place in them."""
         return replace(batch, inputs=mirror(batch.inputs, draw_mirrored(batch.inputs)))
+
+    def turn(self, batch: TensorMiniBatch, turns: Tensor) -> TensorMiniBatch:
+        """The images turned, see `augment.turned`, with all that has a place in them. turns: bool [B, 3]."""
+        return replace(batch, inputs=turned(batch.inputs, turns))
+
+    def show(self, batch: TensorMiniBatch, i: int) -> tuple[Tensor, list[str]]:
+        """Image i of a batch with its target drawn: uint8 [3, height, width], and the lines of text under it."""
+        return batch.inputs[i], [f"true {batch.targets[i].tolist()}"]
 
     def metrics(self, probs: Tensor, targets: Tensor) -> dict[str, float]:
         """Metrics of a whole data set: probabilities [n, E…, K], targets [n, E…]."""
@@ -190,6 +199,9 @@ class Classification(Task):
 
     def evaluation(self, dataset: Dataset) -> ClassEvaluation:
         return ClassEvaluation(self, dataset)
+
+    def show(self, batch: TensorMiniBatch, i: int) -> tuple[Tensor, list[str]]:
+        return batch.inputs[i], [f"true {batch.metadata['classes'][int(batch.targets[i])]}"]
 
     def caption(self, probs: Tensor, target: Tensor, classes: list[str]) -> list[str]:
         return [f"true {classes[int(target)]}", f"{classes[int(probs.argmax())]} ({float(probs.max()):.0%})"]

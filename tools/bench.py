@@ -41,6 +41,7 @@ from torch.ops import aten
 from torch.utils import flop_counter
 
 import build
+from augment import augmentation
 from config import read_yaml
 from data_types import InputError, TensorMiniBatch
 from detection_task import DetectionDataset
@@ -144,14 +145,14 @@ def grpo_step(
     s: Setup, step: int = 0, keep_graph: bool = True, network: torch.nn.Module | None = None
 ) -> dict[str, Tensor]:
     """What `train.py` does between having a batch and having its metrics. network: None for the task's."""
-    data, _, training = build.sections(s.task.config)
+    training = build.sections(s.task.config)[2]
     network, roll = network or s.task.network(s.model), build.rollout_settings(s.task.config)
     policy = partial(s.task.policy, progress=step / training.steps)
     settings, key = build.update_settings(s.task, len(s.batch)), (training.seed, step)
-    mirror, reference = s.task.mirror if data.augment else None, s.task.network(s.reference) if s.reference else None
+    reference = s.task.network(s.reference) if s.reference else None
     episodes = (
         rollout(network, part, s.rewards, policy, roll, key=(*key, place), keep_graph=keep_graph)
-        for place, part in micro_batches(s.batch, settings.micro_batch_size, key, mirror)
+        for place, part in micro_batches(s.batch, settings.micro_batch_size, key, augmentation(s.task))
     )
     return update_policy(
         network, s.optimizer, episodes, policy, settings, batch_size=size_of(s.batch), reference=reference
@@ -178,8 +179,7 @@ def plain_step(s: Setup, inputs: Tensor, masks: dict[str, Tensor] | None) -> Non
 def prepared(s: Setup, step: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Inputs and masks as `grpo_step` meets them at `step`, in one micro-batch."""
     data, roll, training = build.sections(s.task.config)
-    mirror = s.task.mirror if data.augment else None
-    _, part = next(micro_batches(s.batch, len(s.batch), (training.seed, step), mirror))
+    _, part = next(micro_batches(s.batch, len(s.batch), (training.seed, step), augmentation(s.task)))
     with keyed_rng(training.seed, step, "masks", 0):
         return prepare(part.inputs, data.mean, data.std), s.model.sample_masks(len(part), roll.num_mc_samples)
 
