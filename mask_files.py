@@ -30,6 +30,7 @@ from folders import (
     same_name,
     upright_sizes,
 )
+from frame import Crop, Frame
 
 IGNORED, NO_CLASS = 255, 254  # in place of a class id
 MOST_COUNTED = 5000  # masks that are decoded before a run
@@ -264,16 +265,19 @@ def unknown_values(path: str, values: np.ndarray, ids: np.ndarray) -> str:
     return f"{line}; soft edges are no class, and a class that is missing belongs into classes.txt"
 
 
-def decode_mask(path: str, image_size: int, ids: np.ndarray, colours: str | None = None) -> Tensor:
-    """The mask file as uint8 [image_size, image_size] of class ids and 255, resized by nearest neighbour. ids: see
-    `class_ids`; colours: of the pixel values, if masks have colours. Raises InputError with one line that names the
-    file."""
+def decode_mask(
+    path: str, image_size: int | Frame, ids: np.ndarray, colours: str | None = None, crop: Crop | None = None
+) -> Tensor:
+    """The mask file as uint8 [H, W] of class ids and 255, put where `images.decode_image` puts the image, by nearest
+    neighbour; beside it nothing counts. ids: see `class_ids`; colours: of the pixel values, if masks have colours.
+    Raises InputError with one line that names the file."""
     values = read_values(path, colours)
     mask = ids[values]
     if (unknown := mask == NO_CLASS).any():
         raise InputError(unknown_values(path, np.unique(values[unknown]), ids))
-    resized = Image.fromarray(mask).resize((image_size, image_size), Image.Resampling.NEAREST)
-    return torch.from_numpy(np.array(resized))
+    image, frame = Image.fromarray(mask), Frame.of(image_size)
+    filled = frame.place(image.size, crop).fill(image, frame, Image.Resampling.NEAREST, IGNORED)
+    return torch.from_numpy(np.array(filled))
 
 
 class MaskClasses:
