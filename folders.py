@@ -109,10 +109,18 @@ def has_late_text(image: Image.Image) -> bool:
     return False
 
 
+def open_image(path: str) -> Image.Image:
+    """Pillow's image, its pixels not yet decoded. Raises what Pillow does, and OSError for a pipe or the like, which
+    would be waited for."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("not a regular file")
+    return Image.open(path)
+
+
 def read_header(path: str) -> tuple[tuple[int, int], int]:
     """Width and height of the image file as stored, and its EXIF orientation. Raises InputError."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             if image.format == "TIFF":  # Pillow turns these by itself, some versions on opening, others on loading
                 size = image.tag_v2[WidthTag], image.tag_v2[HeightTag]
                 return size, image.tag_v2.get(OrientationTag, 1)

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from config import load_file, one_line
 from data_types import InputError, TensorMiniBatch
+from folders import open_image
 from frame import Crop, Frame
 from grpo import keyed_rng
 from processes import gather_everywhere, rank_and_world
@@ -52,7 +53,7 @@ def decode_image(path: str, image_size: int | Sequence[int] | Frame, crop: Crop 
     `Frame.of`, which without a mode stretches. Raises InputError, which names the file."""
     frame, size = Frame.of(image_size), None
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             if image.format in ("JPEG", "MPO"):  # decode at 1/2, 1/4, 1/8 where that is still enough
                 turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
                 size = image.size[::-1] if turned else image.size

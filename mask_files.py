@@ -25,6 +25,7 @@ from folders import (
     is_sideways,
     is_visible,
     not_read_note,
+    open_image,
     plain_name,
     refuse,
     same_name,
@@ -174,7 +175,7 @@ class UnreadableMask(InputError):
 def open_mask(path: str) -> tuple[Image.Image, str]:
     """The mask file upright, and what about its format may have changed its values. Raises UnreadableMask."""
     try:
-        with Image.open(path) as opened:
+        with open_image(path) as opened:
             kind, raw = opened.format, opened.tile[0].args if opened.tile else ""
             lossy = kind in ("JPEG", "MPO", "JPEG2000", "AVIF") or opened.info.get("compression") == "jpeg"
             if kind == "WEBP":

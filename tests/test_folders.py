@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from data_types import InputError
 from folders import SUFFIXES, class_notes, find_classes, find_images, not_read_note, refuse, upright_size
+from images import decode_image
 
 
 def touch(path) -> str:
@@ -204,3 +205,12 @@ def test_the_size_of_a_turned_png_takes_no_decoding(tmp_path, monkeypatch, place
     monkeypatch.setattr(PngImageFile, "load_prepare", lambda self: pytest.fail("the pixels were decoded"))
     if place != "behind the pixels":
         assert upright_size(str(path)) == (2, 3)
+
+
+def test_a_pipe_is_no_image_and_not_waited_for(tmp_path):
+    """Whatever it is called; neither its size nor its pixels."""
+    path = str(tmp_path / "a.png")
+    os.mkfifo(path)
+    for function, arguments in ((upright_size, ()), (decode_image, (8,))):
+        expected = f"{path}: not a readable image (not a regular file); repair or remove it"
+        assert message(function, path, *arguments) == expected
