@@ -7,8 +7,8 @@ import math
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from augment import Settings, draw_crops
 from checkpoint import best_metric, load_checkpoint
 from config import (
     SCHEMA,
@@ -30,19 +31,23 @@ from config import (
     parse_override,
     read_yaml,
 )
-from data_types import InputError
+from data_types import InputError, TensorMiniBatch
 from deciding import Decider, decision_path, digest, load_decision
 from detection_task import Detection
 from evaluation import evaluate
+from frame import Frame
 from grpo import Reward, RolloutSettings, UpdateSettings, keyed_rng
 from images import (
     BadImages,
     Batches,
     ImageDataset,
     Loading,
+    epoch_order,
+    item_shape,
     keep_decoded,
     ordered_batches,
     shared_memory_note,
+    stream_batches,
 )
 from pretrained import load_weights, read_pretrained
 from processes import rank_and_world
@@ -376,18 +381,60 @@ def check_writable(training: SimpleNamespace) -> None:
             raise InputError(f"training.{key}: {folder} cannot be written ({error.strerror}); name another") from None
 
 
+def open_set(task: Task, root: str, classes: list[str] | None = None) -> ImageDataset:
+    """`Task.open`; a data set of the task's own that knows no more than the input's size gets data.resize. Raises
+    InputError."""
+    dataset, frame = task.open(root, classes), Frame.from_config(task.config)
+    if Frame.of(dataset.image_size).resize != frame.resize:
+        dataset.image_size = frame
+    return dataset
+
+
 def open_eval_set(task: Task, classes: list[str], console: Console) -> ImageDataset:
     """The evaluation's data set, whose classes are those of the training folder. Raises InputError."""
-    eval_set = task.open(task.config["data"]["eval_dir"], classes)
+    eval_set = open_set(task, task.config["data"]["eval_dir"], classes)
     console.line(f"{task.config['data']['eval_dir']}: {len(eval_set)} images")
     say_notes(eval_set, console)
     return eval_set
+
+
+def check_augment(task: Task, dataset: ImageDataset) -> None:
+    """Raises InputError where a task of one's own cannot do what data.augment asks for."""
+    settings, own = Settings.of(task.config["data"]["augment"]), type(task)
+    if settings.turns > 1 and not settings.mirror and own.mirror is not Task.mirror and own.turn is Task.turn:
+        raise InputError(
+            "data.augment: the task moves its targets by `mirror` alone, for true; others need `Task.turn`"
+        )
+    if settings.crop and type(dataset).__getitem__ is not ImageDataset.__getitem__:
+        raise InputError("data.augment: crop: the task's data set decodes images itself; it needs `ImageDataset.item`")
 
 
 def say_notes(dataset: ImageDataset, console: Console) -> None:
     """Whatever else is to be known of a folder before the run begins."""
     for note in dataset.notes:
         console.line(f"note: {dataset.root}: {note}")
+
+
+def open_batches(
+    task: Task, dataset: ImageDataset, steps: range, loading: Loading, cache: bool
+) -> Iterator[TensorMiniBatch]:
+    """This process's images of the training's batches, which are a function of the step. cache: decoded images are
+    kept, unless each step has other crops of them."""
+    data, _, training = sections(task.config)
+    per_rank, rank = images_per_rank(training), rank_and_world()[0]
+    crops, shares = None, Settings.of(data.augment).crop
+    if shares:
+        crops = lru_cache(maxsize=64)(partial(draw_crops, seed=training.seed, count=training.batch_size, shares=shares))
+    return stream_batches(
+        dataset,
+        partial(epoch_order, seed=training.seed, size=len(dataset)),
+        training.batch_size,
+        steps,
+        loading,
+        cache=cache and not shares,
+        part=slice(rank * per_rank, (rank + 1) * per_rank),
+        crops=crops,
+    )
 
 
 def open_eval_batches(
@@ -440,7 +487,7 @@ def open_data(task: Task, state: dict | None, console: Console) -> tuple[ImageDa
     """The data sets of training and evaluation, and whether decoded images are kept. What the training folder's format
     says of the classes holds for the evaluation's, too. Raises InputError."""
     data = sections(task.config)[0]
-    train_set = task.open(data.train_dir, state["classes"] if state else None)
+    train_set = open_set(task, data.train_dir, state["classes"] if state else None)
     wanted, found = task.config["model"]["num_classes"], len(train_set.classes)
     shown = ", ".join(f"{i} {name}" for i, name in enumerate(train_set.classes[:20])) + ", …" * (found > 20)
     console.line(f"{data.train_dir}: {len(train_set)} images of {found} classes (id name): {shown}")
@@ -456,11 +503,15 @@ def open_data(task: Task, state: dict | None, console: Console) -> tuple[ImageDa
         raise InputError(f"data.eval_dir: {data.eval_dir}: no such folder; null trains without evaluation")
     if wanted not in (None, found):
         raise InputError(f"model.num_classes: {wanted}, but {data.train_dir} holds {found} classes; set it to null")
-    cache, size = keep_decoded(data, train_set, eval_set)
+    check_augment(task, train_set)
+    cropped = bool(Settings.of(data.augment).crop)
+    cache, size = keep_decoded(data, None if cropped else train_set, eval_set)
     kept = "kept in memory after the first epoch" if cache else "decoded again each epoch"
     kept += " by each process" if rank_and_world()[1] > 1 else ""
-    console.line(f"data.cache: {data.cache}: {size / 1e6:.0f} MB of decoded images, {kept}")
-    batch_bytes = size // (len(train_set) + len(eval_set or ())) * task.config["training"]["batch_size"]
+    kept += "; those of training are cropped anew each time (data.augment)" * cropped
+    images = "images of the evaluation" if cropped else "images"
+    console.line(f"data.cache: {data.cache}: {size / 1e6:.0f} MB of decoded {images}, {kept}")
+    batch_bytes = math.prod(item_shape(train_set)) * task.config["training"]["batch_size"]
     for note in shared_memory_note(data.num_workers, batch_bytes // rank_and_world()[1]):
         console.line(note)
     return train_set, eval_set, cache

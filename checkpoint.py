@@ -108,7 +108,8 @@ def read_file(path: Path) -> Any:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # unpickling a damaged file may raise nearly anything
-        reason = getattr(error, "strerror", None) or "damaged, or more than tensors and plain values"
+        unopened = getattr(error, "filename", None)  # in one that was cut off a seek may fail
+        reason = error.strerror if unopened else "damaged, or more than tensors and plain values"
         if refused := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
             reason = f"it holds a {refused[1]}, and making one could run code; save the weights alone: "
             reason += "torch.save(model.state_dict(), file)"

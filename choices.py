@@ -25,6 +25,7 @@ def every_choice(policy: Distribution) -> tuple[Tensor, Tensor, Tensor | None]:
     else:
         name = type(policy).__name__
         raise InputError(f"rollout.action: all: a {name} has no choices that could be enumerated; take sample")
+    log_probs = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)  # of an impossible choice the ratio is 1, not NaN
     return actions.movedim(0, 2), log_probs.movedim(0, 2), categorical
 
 

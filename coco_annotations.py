@@ -22,7 +22,7 @@ import numpy as np
 
 from config import one_line
 from data_types import InputError
-from folders import find_images, is_visible, plain_name, refuse, same_name, upright_sizes
+from folders import SUFFIXES, find_images, is_visible, plain_name, refuse, same_name, upright_sizes
 
 FLAGS = {None: False, 0: False, 1: True, "0": False, "1": True, "false": False, "true": True}
 FAR = 1e9  # pixels, beyond any image
@@ -53,11 +53,13 @@ class Annotations:
 def other_format(root: str) -> str | None:
     """Whose boxes a folder holds that are not in COCO's format: PASCAL VOC's, YOLO's, or nobody's that we know."""
     formats = {
-        "PASCAL VOC": ("Annotations/*.xml", "*.xml"),
+        "PASCAL VOC": ("[Aa]nnotations/*.xml", "[Aa]nnotations/xmls/*.xml", "*.xml"),
         "YOLO": ("labels/*.txt", "labels/*/*.txt", "*/labels/*.txt", "images/*.txt", "obj_train_data/*.txt"),
     }
     there = (name for name, patterns in formats.items() for p in patterns if next(Path(root).glob(p), None))
-    return next(there, None)
+    stems = (str(path.with_suffix("")) for path in Path(root).glob("*.txt"))
+    beside = any(os.path.isfile(stem + suffix) for stem in stems for suffix in SUFFIXES)  # as LabelImg has it
+    return next(there, "YOLO" if beside else None)
 
 
 def find_annotations(root: str, named: str | None = None) -> tuple[str, str]:
@@ -87,6 +89,8 @@ def find_annotations(root: str, named: str | None = None) -> tuple[str, str]:
         command = f"uv run tools/to_coco.py {shlex.quote(root)}"
         raise InputError(f"{root}: its boxes are in {theirs}'s format; make COCO's of it with: {command}")
     expected = "a detection folder holds images/ and annotations.json in COCO's format"
+    if below := sorted(str(path.parent) for name in usual for path in Path(root).glob(f"*/{name}")):  # of splits
+        expected += f"; there is one in {', '.join(below[:10])}: name that folder"
     raise InputError(f"{os.path.join(root, usual[0])}: no such file; {expected}")
 
 
@@ -247,7 +251,8 @@ def check_sizes(images: dict[Id, tuple], file: str, skip_bad: bool, findings: li
         else:
             says = f"the image has {found[0]}x{found[1]} pixels, {name} says {size[0]}x{size[1]}"
             turned = "the sides are swapped: remove its EXIF orientation, which turns it, or turn it if it has none"
-            findings.append(f"{path}: {says}; {turned if found == size[::-1] else 'put the right ones there'}")
+            other = "take the one that its boxes were drawn on"
+            findings.append(f"{path}: {says}; {turned if found == size[::-1] else other}")
             sizes.append(None)
     return sizes
 
@@ -373,7 +378,8 @@ def fit_boxes(
         image = f"its image of {width}x{height} pixels"
         findings.append(f"{name_of(i)}: bbox {box} is outside {image}; correct or remove it")
     if over.any():
-        notes.append(f"boxes over the border of their image, clipped: {over.sum()}")
+        hint = "; x0 y0 x1 y1? COCO's bbox is x, y, width, height" if corners.sum() == real.sum() > 1 else ""
+        notes.append(f"boxes over the border of their image, clipped: {over.sum()}{hint}")
     if not real.all():
         notes.append(f"boxes without area, skipped: {(~real).sum()}")
     return inside.reshape(-1, 4), real

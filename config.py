@@ -19,10 +19,11 @@ from data_types import InputError
 
 @dataclass(frozen=True)
 class Key:
-    """One row of the schema. kind: int, float, bool, str, list (of three floats) or dict (of reward weights)."""
+    """One row of the schema. kind: int, float, bool, str, list (of three floats), dict (of reward weights), or a
+    function that returns what it makes of the value, and raises ValueError."""
 
     default: Any
-    kind: type
+    kind: type | Callable[[Any], Any]
     meaning: str
     rule: str = ""  # what the value must be, as the message says it
     valid: Callable[[Any], bool] = lambda value: True
@@ -54,9 +55,49 @@ NAMES = {"rule": "at least one name", "valid": lambda value: value and all(isins
 NULL = {"optional": True}  # null is as if left out
 FOLDER = {"rule": "the name of a folder", "valid": lambda value: value not in ("", ".", "..") and "/" not in value}
 
+
+def read_size(value: Any) -> int | list[int]:
+    """A side of a square, or [height, width]; equal ones are a square's."""
+    sides = [value] if type(value) is int else value
+    if (
+        not isinstance(sides, list)
+        or len(sides) not in (1, 2)
+        or not all(type(side) is int and side > 0 for side in sides)
+    ):
+        raise ValueError
+    return sides[0] if sides[0] == sides[-1] else sides
+
+
+def read_augment(value: Any) -> bool | dict[str, Any]:
+    """Whether images are mirrored, or what else is drawn for them, without what is off."""
+    if isinstance(value, bool):
+        return value
+    crop, flip, color, turn = (value.get(name) for name in ("crop", "flip", "color", "rotate90"))
+    found = {}
+    if crop is not None:
+        found["crop"] = low, high = [number(share) for share in crop]
+        if not 0 < low <= high <= 1:
+            raise ValueError
+    if flip not in (None, False):
+        found["flip"] = "h" if flip is True else flip
+    if color is not None and number(color):
+        found["color"] = number(color)
+    if turn is not None and turn is not False:
+        found["rotate90"] = turn
+    unknown = value.keys() - {"crop", "flip", "color", "rotate90"}
+    if unknown or found.get("flip", "h") not in ("h", "v", "hv") or not 0 <= found.get("color", 0) <= 1:
+        raise ValueError
+    if found.get("rotate90", True) is not True:
+        raise ValueError
+    return found or False
+
+
+AUGMENT = "true, false, or {crop: [least share, greatest share], flip: h | v | hv, color: 0 to 1, rotate90: true}"
 Schema = Mapping[str, Key]  # "section.key" -> what it may be
 SCHEMA: dict[str, Key] = {  # of every run; a task has further keys of its own (`Task.keys`)
-    "model.image_size": Key(224, int, "height and width images are resized to, pixels", **at_least(1)),
+    "model.image_size": Key(
+        224, read_size, "the input's side, or [height, width], pixels", rule="a whole number >= 1, or two"
+    ),
     "model.patch_size": Key(16, int, "height and width of a patch, pixels; divides image_size", **at_least(1), **NULL),
     "model.embed_dim": Key(192, int, "width of the tokens", **at_least(1), **NULL),
     "model.depth": Key(12, int, "encoder blocks", **at_least(1), **NULL),
@@ -84,7 +125,18 @@ SCHEMA: dict[str, Key] = {  # of every run; a task has further keys of its own (
     "data.eval_dir": Key("data/eval", str, "folder of the same classes; null: no evaluation", optional=True, path=True),
     "data.mean": Key([0.485, 0.456, 0.406], list, "mean of the red, green, blue channels in [0, 1]", **CHANNELS),
     "data.std": Key([0.229, 0.224, 0.225], list, "standard deviation of the channels", **SPREADS),
-    "data.augment": Key(False, bool, "mirror half of the training images left to right"),
+    "data.resize": Key(
+        "stretch",
+        str,
+        "how an image of another shape fits into the input; letterbox: padded with the mean; crop: its middle",
+        **one_of("stretch", "letterbox", "crop"),
+    ),
+    "data.augment": Key(
+        False,
+        read_augment,
+        "true: mirror half of the training images left to right; or crops, flips, colours, rotations, with the targets",
+        rule=AUGMENT,
+    ),
     "data.num_workers": Key(1, int, "processes that decode images; 0: the main process", **at_least(0)),
     "data.on_bad_image": Key(
         "error", str, "skip: the next good one takes its place, up to 1 % or three", **one_of("error", "skip")
@@ -225,9 +277,11 @@ def convert(name: str, value: Any, key: Key) -> Any:
             value = {os.path.expanduser(name): number(weight) for name, weight in weights.items()}
         elif key.path:
             value = os.path.expanduser(value)
+        if not isinstance(key.kind, type):
+            return key.kind(value)
         if type(value) is not key.kind or not key.valid(value):
             raise error
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, AttributeError):
         raise error from None
     return value
 
@@ -241,8 +295,11 @@ def number(value: Any) -> float:
 
 def check_pairs(config: dict[str, Any]) -> None:
     """Raises InputError for values that are impossible together."""
+    size, patch_size = config["model.image_size"], config["model.patch_size"]
+    for side in size if isinstance(size, list) else [size]:
+        if side % patch_size:
+            raise InputError(f"model.image_size: {side} is not a multiple of model.patch_size: {patch_size}")
     for name, relation, other in (
-        ("model.image_size", "not a multiple of", "model.patch_size"),
         ("model.embed_dim", "not a multiple of", "model.num_heads"),
         ("model.dropout_blocks", "more than", "model.depth"),
         ("training.freeze_blocks", "more than", "model.depth"),
@@ -252,6 +309,8 @@ def check_pairs(config: dict[str, Any]) -> None:
         value, limit = config[name] or 0, config[other]
         if value % limit if relation == "not a multiple of" else value > limit:
             raise InputError(f"{name}: {value} is {relation} {other}: {limit}")
+    if isinstance(size, list) and isinstance(config["data.augment"], dict) and "rotate90" in config["data.augment"]:
+        raise InputError(f"data.augment: rotate90 needs a square input, not model.image_size: {size}")
     embed_dim, mlp_ratio = config["model.embed_dim"], config["model.mlp_ratio"]
     dropout, passes = config["model.dropout"], config["rollout.num_mc_samples"]
     if config["model.positions"] == "rotary" and embed_dim // config["model.num_heads"] % 4:
@@ -294,9 +353,12 @@ class Loader(yaml.SafeLoader):
         lines: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in lines:
                 where = f"{key.start_mark.name}: line {line}"
                 raise InputError(f"{where}: {key.value} is there twice, first in line {lines[key.value]}; remove one")
+            lines[key.value] = line
         return super().construct_mapping(node, deep)
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:

@@ -147,6 +147,10 @@ def fit(score: Score | None, probs: Tensor, targets: Tensor, counted: Tensor | N
         gains, before, after = fit_gains(score, (scale[:, None] * log_probs + bias).softmax(-1), targets, tags)
         plain = F.one_hot(probs.argmax(-1), probs.shape[-1]).to(probs.dtype)
         before = float(score(count_confusion(targets, plain, None, tags)))  # of the model as it is
+        if before >= after:  # nothing is gained: it stays as it is
+            scale, bias, after = torch.ones_like(scale), torch.zeros_like(bias), before
+            gains = torch.eye(probs.shape[-1], dtype=probs.dtype).expand_as(gains)
+            found = {"scale": scale.tolist(), "bias": bias.tolist()}
         found |= {"gains": gains.tolist(), "score": (before, after)}
     return found
 

@@ -17,12 +17,14 @@ from torch.distributions import Categorical, Distribution, Independent, Normal, 
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from augment import turned, turned_boxes
 from coco_annotations import read_annotations
 from coco_ap import average_precision, box_iou, matched
 from config import FRACTION, POSITIVE, Key, one_of
 from data_types import Credit, InputError, TensorMiniBatch
 from evaluation import DenseEvaluation, predictive_entropy, to_picture, to_tensor
 from folders import plain_name, upright_size
+from frame import Crop, Frame, to_file, to_input
 from grpo import compute_advantages, nll
 from images import ImageDataset, draw_mirrored, mirror
 from set_credit import THRESHOLDS, set_values
@@ -38,21 +40,22 @@ class DetectionDataset(ImageDataset):
 
     classes: the class names whose order gives the ids; None takes the file's categories by ascending id. annotations:
     which file, see `coco_annotations.find_annotations`. skip_bad: image files that cannot be read are met when they are
-    decoded. Item i is the image, uint8 [3, image_size, image_size]; boxes are scaled with it. Raises InputError for
-    what does not fit COCO's format, the images or `classes`.
+    decoded. Item i is the image, uint8 [3, H, W]. `boxes` are all objects where the image lies in the input, also where
+    it was cut off: as all scales are per axis, their IoU is that in the file's own pixels. Raises InputError for what
+    does not fit COCO's format, the images or `classes`.
     """
 
     def __init__(
         self,
         root: str,
-        image_size: int,
+        image_size: int | Frame,
         patch_size: int,
         classes: list[str] | None = None,
         annotations: str | None = None,
         skip_bad: bool = False,
     ):
         found = read_annotations(root, annotations, skip_bad)
-        self.root, self.image_size, self.patch_size = found.root, image_size, patch_size
+        self.root, self.image_size, self.patch_size = found.root, Frame.of(image_size), patch_size
         self.paths, self.sizes = found.paths, found.sizes
         names = list(found.categories.values())
         self.classes = list(classes) if classes else names
@@ -64,12 +67,12 @@ class DetectionDataset(ImageDataset):
         if unknown := sorted(name for name, known, u in zip(names, label >= 0, used) if u and not known):
             raise InputError(f"{found.file}: categories unknown in training: {', '.join(unknown)}")
         image, order = torch.from_numpy(found.image).sort(stable=True)
-        scale = image_size / torch.tensor([size * 2 for size in found.sizes], dtype=torch.float64)
+        affine = self.affine(found.sizes)
         labels = label[torch.from_numpy(found.category)]
-        boxes = (torch.from_numpy(found.boxes) * scale[torch.from_numpy(found.image)]).float()
+        boxes = to_input(torch.from_numpy(found.boxes), affine[torch.from_numpy(found.image)]).float()
         values = {"boxes": boxes, "labels": labels, "crowd": torch.from_numpy(found.crowd)}
         counts = torch.bincount(image, minlength=len(self)).tolist()
-        # per image: [m, 4] x0 y0 x1 y1 in resized pixels, [m], [m]
+        # per image: [m, 4] x0 y0 x1 y1 in pixels of the input, [m], [m]
         self.boxes, self.labels, self.crowd = (list(x[order].split(counts)) for x in values.values())
         self.notes = (*found.notes, *self.without_objects(labels))
 
@@ -92,22 +95,71 @@ class DetectionDataset(ImageDataset):
         lists = {name: list(state[name].split(counts)) for name in ("boxes", "labels", "crowd")}
         vars(self).update(state | lists)
 
-    def batch(self, indices: Tensor, inputs: Tensor) -> TensorMiniBatch:
-        """inputs [B, 3, H, W] with targets [B, 2, P, 4], counted [B, 2, P] and, in the metadata, the objects: `boxes`
-        [B, M, 4] x0 y0 x1 y1 in pixels of the input, `labels` [B, M] (-1: no object), `crowd` [B, M]."""
-        boxes, labels, crowd = (
-            pad_sequence([values[i] for i in indices.tolist()], batch_first=True, padding_value=padding)
-            for values, padding in ((self.boxes, 0), (self.labels, -1), (self.crowd, False))
-        )
-        targets, counted = encode(boxes, labels, crowd, self.image_size, self.patch_size, len(self.classes))
-        metadata = {"boxes": boxes, "labels": labels, "crowd": crowd, "patch_size": self.patch_size}
-        return TensorMiniBatch(inputs, targets, self.metadata(indices) | metadata, counted)
+    def affine(self, sizes: list[tuple[int, int]], crops: list[Crop] | None = None) -> Tensor:
+        """Where files of these sizes, or crops of them, lie in the input, see `Placement.affine`: float64 [n, 4]."""
+        crops = crops or [None] * len(sizes)
+        rows = [self.image_size.place(*place).affine() for place in zip(sizes, crops)]
+        return torch.tensor(rows, dtype=torch.float64).view(-1, 4)
+
+    def objects(self, indices: Tensor) -> dict[str, Tensor]:
+        """All objects of the images, with padding: `boxes` [B, M, 4] x0 y0 x1 y1 in pixels of the input, `labels`
+        [B, M] (-1: no object), `crowd` [B, M]."""
+        lists = {"boxes": (self.boxes, 0), "labels": (self.labels, -1), "crowd": (self.crowd, False)}
+        return {
+            name: pad_sequence([values[i] for i in indices.tolist()], batch_first=True, padding_value=padding)
+            for name, (values, padding) in lists.items()
+        }
+
+    def batch(self, indices: Tensor, inputs: Tensor, crops: list[Crop] | None = None) -> TensorMiniBatch:
+        """inputs [B, 3, H, W] with targets [B, 2, P, 4], counted [B, 2, P] and, in the metadata, the `objects` that are
+        left in the input, the rectangle `content` [B, 4] that the image fills of it, and `patch_size` and `columns` of
+        the grid."""
+        frame, objects = self.image_size, self.objects(indices)
+        sizes = [self.sizes[i] for i in indices.tolist()]
+        if crops:
+            old, new = self.affine(sizes), self.affine(sizes, crops)
+            in_file = to_file(objects["boxes"].double(), old[:, None])
+            objects["boxes"] = to_input(in_file, new[:, None]).float()
+        content = [frame.place(*place).content for place in zip(sizes, crops or [None] * len(sizes))]
+        content = torch.tensor(content, dtype=torch.float32).view(-1, 4)
+        if crops or frame.resize == "crop":
+            objects |= visible(**objects, content=content)
+        metadata = objects | {"content": content, "patch_size": self.patch_size}
+        metadata |= {"columns": frame.width // self.patch_size}
+        metadata = self.metadata(indices) | metadata
+        targets, counted = right_actions(metadata, frame)
+        return TensorMiniBatch(inputs, targets, metadata, counted)
 
 
-def patch_centres(side: int, device: torch.device | None = None) -> Tensor:
-    """x, y of the centres of side² patches, row by row, in patches: [P, 2]."""
-    places = torch.arange(side, device=device) + 0.5
-    return torch.stack([places.repeat(side), places.repeat_interleave(side)], -1)
+def visible(boxes: Tensor, labels: Tensor, crowd: Tensor, content: Tensor) -> dict[str, Tensor]:
+    """What is left of the objects in the rectangles `content` [B, 4]: an object is cut there, and is none any more
+    where less than a quarter of it is left or its centre is outside; a crowd is always only cut. See `objects`."""
+    low, high = content[:, None, [0, 1, 0, 1]], content[:, None, [2, 3, 2, 3]]
+    cut = torch.minimum(torch.maximum(boxes, low), high)
+    area, left = ((x[..., 2:] - x[..., :2]).prod(-1) for x in (boxes, cut))
+    centre = (boxes[..., :2] + boxes[..., 2:]) / 2
+    inside = ((centre >= low[..., :2]) & (centre <= high[..., :2])).all(-1)
+    kept = crowd | (inside & (left >= area / 4))
+    return {"boxes": torch.where(kept[..., None], cut, 0), "labels": torch.where(kept, labels, -1)}
+
+
+def right_actions(metadata: dict, frame: Frame) -> tuple[Tensor, Tensor]:
+    """`encode` of a batch's objects; nothing counts in a patch whose centre is padding. metadata: see
+    `DetectionDataset.batch`."""
+    objects, patch_size = [metadata[name] for name in ("boxes", "labels", "crowd")], metadata["patch_size"]
+    targets, counted = encode(*objects, frame, patch_size, len(metadata["classes"]))
+    if frame.resize == "letterbox":
+        content = metadata["content"][:, None]
+        grid = frame.height // patch_size, frame.width // patch_size
+        centres = patch_centres(*grid, content.device) * patch_size
+        counted = counted & ((centres >= content[..., :2]) & (centres <= content[..., 2:])).all(-1)[:, None]
+    return targets, counted
+
+
+def patch_centres(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
+    """x, y of the centres of patches, row by row, in patches: [P, 2]."""
+    x, y = (torch.arange(n, device=device) + 0.5 for n in (columns, rows))
+    return torch.stack([x.repeat(rows), y.repeat_interleave(columns)], -1)
 
 
 def pack(labels: Tensor, boxes: Tensor) -> Tensor:
@@ -116,7 +168,7 @@ def pack(labels: Tensor, boxes: Tensor) -> Tensor:
 
 
 def encode(
-    boxes: Tensor, labels: Tensor, crowd: Tensor, image_size: int, patch_size: int, num_classes: int
+    boxes: Tensor, labels: Tensor, crowd: Tensor, image_size: int | Frame, patch_size: int, num_classes: int
 ) -> tuple[Tensor, Tensor]:
     """The right action [B, 2, P, 4] for objects (see `DetectionDataset.batch`), and which elements count [B, 2, P].
 
@@ -124,7 +176,8 @@ def encode(
     directions) have the patch's centre. An unassigned patch is background and its box does not count; within a crowd
     its class does not count either. Empty boxes are no objects.
     """
-    centres = patch_centres(image_size // patch_size, boxes.device)  # [P, 2]
+    frame = Frame.of(image_size)
+    centres = patch_centres(frame.height // patch_size, frame.width // patch_size, boxes.device)  # [P, 2]
     boxes, crowd = F.pad(boxes, (0, 0, 0, 1)), F.pad(crowd, (0, 1))  # a row of padding, for there may be no object
     labels = F.pad(labels, (0, 1), value=-1)
     low, high = boxes[:, :, None, :2] / patch_size, boxes[:, :, None, 2:] / patch_size  # [B, M, 1, 2]
@@ -150,9 +203,11 @@ def raw_to_corners(raw: Tensor) -> Tensor:
     return torch.cat([raw[..., :2] - half, raw[..., :2] + half], -1)
 
 
-def decode_boxes(raw: Tensor, patch_size: int) -> Tensor:
-    """Raw boxes [..., P, 4] -> x0 y0 x1 y1 in pixels of the input."""
-    centres = patch_centres(math.isqrt(raw.shape[-2]), raw.device)
+def decode_boxes(raw: Tensor, patch_size: int, columns: int | None = None) -> Tensor:
+    """Raw boxes [..., P, 4] -> x0 y0 x1 y1 in pixels of the input. columns: patches in a row; None: the grid is a
+    square."""
+    columns = columns or math.isqrt(raw.shape[-2])
+    centres = patch_centres(raw.shape[-2] // columns, columns, raw.device)
     return (raw_to_corners(raw) + centres.repeat(1, 2)) * patch_size
 
 
@@ -240,7 +295,8 @@ def detection_set_credit(
     empty = (truth[..., 2:] <= truth[..., :2]).any(-1)
     labels = F.pad(torch.where(crowd | empty, -1, labels), (0, 1), value=-1)  # [B, M]; there may be no object
     truth = F.pad(truth, (0, 0, 0, 1)).to(actions.dtype)
-    classes, boxes = actions[..., 0, :, 0].long(), decode_boxes(actions[..., 1, :, :], metadata["patch_size"])
+    classes = actions[..., 0, :, 0].long()
+    boxes = decode_boxes(actions[..., 1, :, :], metadata["patch_size"], metadata.get("columns"))
     if (counted := metadata.get("counted")) is not None:
         classes = torch.where(counted[:, None, None, 0], classes, num_classes)
     iou = box_iou(boxes[..., None, :], truth[:, None, None, None])  # [B, T, A, P, M]
@@ -285,7 +341,7 @@ def match_sets(actions: Tensor, probs: Tensor, metadata: dict, iou_threshold: fl
     scores = probs[:, :, None].expand(*classes.shape, -1).gather(-1, classes[..., None])[..., 0].flatten(0, 2)
     labels = torch.where(classes == probs.shape[-1] - 1, -1, classes).flatten(0, 2)  # -1: background, no detection
     order = scores.masked_fill(labels < 0, -1).argsort(dim=-1, descending=True, stable=True)
-    boxes = decode_boxes(actions[..., 1, :, :], metadata["patch_size"]).flatten(0, 2)
+    boxes = decode_boxes(actions[..., 1, :, :], metadata["patch_size"], metadata.get("columns")).flatten(0, 2)
     boxes, labels = boxes.gather(1, order[..., None].expand(-1, -1, 4)), labels.gather(1, order)  # [S, P, 4], [S, P]
     repeats = actions.shape[1] * actions.shape[2]
     truth, truth_labels, crowd = (metadata[name].repeat_interleave(repeats, 0) for name in ("boxes", "labels", "crowd"))
@@ -306,11 +362,14 @@ def match_sets(actions: Tensor, probs: Tensor, metadata: dict, iou_threshold: fl
     return hit.sum(1), kept.sum(1), objects
 
 
-def decode(probs: Tensor, raw: Tensor, config: dict) -> list[dict[str, Tensor]]:
+def decode(probs: Tensor, raw: Tensor, config: dict, content: Tensor | None = None) -> list[dict[str, Tensor]]:
     """Detections of each image, best first: {"boxes": [n, 4] x0 y0 x1 y1 in pixels of the input, "scores": [n],
-    "labels": [n]}. probs: [B, P, K + 1]; raw: boxes [B, P, 4]; on the CPU. Every class of a patch whose probability is
+    "labels": [n]}. probs: [B, P, K + 1]; raw: boxes [B, P, 4]; content: the rectangles that the images fill of the
+    input, at which boxes are cut, [B, 4]; None: the whole; on the CPU. Every class of a patch whose probability is
     at least detection.score_threshold is a candidate; then class-wise NMS at detection.nms_iou."""
-    size, patch_size = config["model"]["image_size"], config["model"]["patch_size"]
+    frame, patch_size = Frame.from_config(config), config["model"]["patch_size"]
+    content = torch.tensor([frame.bounds], dtype=raw.dtype) if content is None else content
+    low, high = content[:, None, [0, 1, 0, 1]], content[:, None, [2, 3, 2, 3]]
     num_classes = probs.shape[-1] - 1
     scores = probs[..., :-1].flatten(1)  # [B, P · K]
     candidate = scores >= config["detection"]["score_threshold"]
@@ -319,7 +378,8 @@ def decode(probs: Tensor, raw: Tensor, config: dict) -> list[dict[str, Tensor]]:
     scores, candidate = scores.gather(1, order), candidate.gather(1, order)
     labels = torch.where(candidate, order % num_classes, -1)
     patch = (order // num_classes)[..., None].expand(-1, -1, 4)
-    boxes = decode_boxes(raw, patch_size).clamp(0, size).gather(1, patch)
+    boxes = decode_boxes(raw, patch_size, frame.width // patch_size)
+    boxes = torch.minimum(torch.maximum(boxes, low), high).gather(1, patch)
     kept = nms(boxes, labels, config["detection"]["nms_iou"])
     return [{"boxes": b[k], "scores": s[k], "labels": c[k]} for b, s, c, k in zip(boxes, scores, labels, kept)]
 
@@ -331,6 +391,13 @@ def draw_boxes(picture: Image.Image, boxes: Tensor, names: list[str]) -> Image.I
         draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline="lime", width=max(picture.width // 150, 1))
         draw.text((x0 + 3, y0 + 1), name, fill="yellow")
     return picture
+
+
+def draw_objects(image: Tensor, boxes: Tensor, names: list[str]) -> Tensor:
+    """image: uint8 [3, H, W] with boxes [n, 4] in its pixels and their names: uint8 [3, BOX_PIXELS, width]."""
+    scale = BOX_PIXELS / image.shape[1]
+    size = max(round(image.shape[2] * scale), 1), BOX_PIXELS
+    return to_tensor(draw_boxes(to_picture(image).resize(size, Image.Resampling.NEAREST), boxes * scale, names))
 
 
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -382,27 +449,27 @@ class BoxEvaluation(DenseEvaluation):
         batch, data = batch.to("cpu"), self.dataset
         for i in batch.metadata["indices"].tolist():
             self.truths.append({"boxes": data.boxes[i], "labels": data.labels[i], "crowd": data.crowd[i]})
+        whole = batch.metadata | data.objects(batch.metadata["indices"])  # a crop of the input hides none from metrics
         single, passes = box_policy_adapter(outputs.cpu()), box_policy_adapter(outputs_mc.cpu())
         mean = passes.classes.probs.mean(1)
         predictors = (single.classes.probs, single.boxes.mean), (mean, passes.boxes.mean.mean(1))
         for detections, counts, (probs, raw) in zip(self.detections, self.counts, predictors):
-            detections += decode(probs, raw, self.task.config)
+            detections += decode(probs, raw, self.task.config, batch.metadata["content"])
             actions = pack(probs.max(-1).indices, raw)[:, None, None]
-            counts += torch.stack([x.sum() for x in match_sets(actions, probs[:, None], batch.metadata)])
+            counts += torch.stack([x.sum() for x in match_sets(actions, probs[:, None], whole)])
         truths, found = self.truths[-len(batch) :], self.detections[1][-len(batch) :]
 
         def draw_parts(i: int) -> list[Tensor]:
             sure = {name: x[found[i]["scores"] >= SHOWN_SCORE] for name, x in found[i].items()}
             return [self.draw_objects(batch.inputs[i], objects) for objects in (truths[i], sure)]
 
-        side = math.isqrt(mean.shape[1])
-        self.keep(predictive_entropy(mean).mean(-1), passes.classes.probs.unflatten(2, (side, side)), draw_parts)
+        grid = -1, batch.metadata["columns"]
+        self.keep(predictive_entropy(mean).mean(-1), passes.classes.probs.unflatten(2, grid), draw_parts)
 
     def draw_objects(self, image: Tensor, objects: dict[str, Tensor]) -> Tensor:
-        """image: uint8 [3, H, W] with the boxes of truth or detections: uint8 [3, BOX_PIXELS, BOX_PIXELS]."""
-        picture = to_picture(image).resize((BOX_PIXELS, BOX_PIXELS), Image.Resampling.NEAREST)
+        """image: uint8 [3, H, W] with the boxes of truth or detections, BOX_PIXELS high."""
         names = [self.dataset.classes[label] for label in objects["labels"].tolist()]
-        return to_tensor(draw_boxes(picture, objects["boxes"] * BOX_PIXELS / image.shape[-1], names))
+        return draw_objects(image, objects["boxes"], names)
 
     def curves(self) -> Curves:
         """F1 over the score's threshold, of the mean over passes."""
@@ -451,9 +518,9 @@ class Detection(Task):
     thresholds: dict[str, float] | None = None  # by class, the least score of a detection, where one was fitted
 
     def open(self, root: str, classes: list[str] | None = None) -> DetectionDataset:
-        model, skip_bad = self.config["model"], self.config["data"]["on_bad_image"] == "skip"
+        patch_size, skip_bad = self.config["model"]["patch_size"], self.config["data"]["on_bad_image"] == "skip"
         annotations = self.config["detection"]["annotations"]
-        return DetectionDataset(root, model["image_size"], model["patch_size"], classes, annotations, skip_bad)
+        return DetectionDataset(root, Frame.from_config(self.config), patch_size, classes, annotations, skip_bad)
 
     def head_size(self, num_classes: int) -> int:
         """Logits of the classes and of the background, and a raw box."""
@@ -471,8 +538,10 @@ class Detection(Task):
     def deployed(self, outputs: Tensor) -> dict[str, Tensor]:
         """The candidates before threshold and suppression, a patch each: boxes x0 y0 x1 y1 in pixels of the input
         [B, P, 4], and the classes' probabilities, the background last [B, P, K + 1]."""
-        policy, model = self.policy(outputs), self.config["model"]
-        boxes = decode_boxes(policy.boxes.mean, model["patch_size"]).clamp(0, model["image_size"])
+        policy, (*_, width, height) = self.policy(outputs), Frame.from_config(self.config).bounds
+        patch_size = self.config["model"]["patch_size"]
+        boxes = decode_boxes(policy.boxes.mean, patch_size, width // patch_size).unbind(-1)
+        boxes = torch.stack([x.clamp(0, most) for x, most in zip(boxes, (width, height) * 2)], -1)
         return {"boxes": boxes, "probabilities": policy.classes.probs}
 
     def supervised_loss(self, policy: ClassAndBox, targets: Tensor) -> Tensor:
@@ -482,7 +551,7 @@ class Detection(Task):
     def mirror(self, batch: TensorMiniBatch) -> TensorMiniBatch:
         chosen = draw_mirrored(batch.inputs)
         places = torch.arange(batch.targets.shape[2], device=chosen.device)
-        places = places.view(math.isqrt(len(places)), -1).flip(1).flatten()
+        places = places.view(-1, batch.metadata["columns"]).flip(1).flatten()
         targets, counted = batch.targets[:, :, places], batch.counted[:, :, places]
         targets[:, 1, :, 0].neg_()  # dx
         targets = torch.where(chosen[:, None, None, None], targets, batch.targets)
@@ -492,6 +561,27 @@ class Detection(Task):
         boxes = torch.where(chosen[:, None, None], mirrored, boxes)
         return TensorMiniBatch(mirror(batch.inputs, chosen), targets, batch.metadata | {"boxes": boxes}, counted)
 
+    def turn(self, batch: TensorMiniBatch, turns: Tensor) -> TensorMiniBatch:
+        """Patches change places, and their targets turn about their centres, so that just as many count."""
+        metadata, sizes = dict(batch.metadata), batch.inputs.shape[:-3:-1]  # width, height
+        metadata["boxes"] = turned_boxes(metadata["boxes"], turns, *sizes)
+        metadata["content"] = turned_boxes(metadata["content"][:, None], turns, *sizes)[:, 0]
+        grid = torch.arange(batch.targets.shape[2], device=turns.device).view(1, -1, metadata["columns"])
+        places = turned(grid.expand(len(batch), -1, -1), turns).flatten(1)[:, None]  # [B, 1, P]
+        targets = batch.targets.gather(2, places[..., None].expand_as(batch.targets))
+        raw = torch.where(turns[:, :1, None], targets[:, 1][..., [1, 0, 3, 2]], targets[:, 1])  # dx, dy, log w, log h
+        signs = F.pad(1 - 2 * turns[:, None, 1:].to(raw.dtype), (0, 2), value=1.0)  # [B, 1, 4]
+        targets = torch.stack([targets[:, 0], raw * signs], 1)
+        counted = batch.counted.gather(2, places.expand_as(batch.counted))
+        return TensorMiniBatch(turned(batch.inputs, turns), targets, metadata, counted)
+
+    def show(self, batch: TensorMiniBatch, i: int) -> tuple[Tensor, list[str]]:
+        """Patches are assigned to the objects that are drawn; crowds are in brackets."""
+        labels, crowd, boxes = (batch.metadata[name][i] for name in ("labels", "crowd", "boxes"))
+        names = [batch.metadata["classes"][label] for label in labels[labels >= 0].tolist()]
+        names = [f"({name})" if is_crowd else name for name, is_crowd in zip(names, crowd[labels >= 0].tolist())]
+        return draw_objects(batch.inputs[i], boxes[labels >= 0], names), [f"{len(names)} objects"]
+
     def evaluation(self, dataset: Dataset) -> BoxEvaluation:
         return BoxEvaluation(self, dataset)
 
@@ -500,11 +590,12 @@ class Detection(Task):
         outputs: [T, P, K + 1 + 4]."""
         policy = self.policy(outputs)
         probs, raw = policy.classes.probs.mean(0, keepdim=True), policy.boxes.mean.mean(0, keepdim=True)
-        found = decode(probs, raw, self.config)[0]
-        side, size = self.config["model"]["image_size"], upright_size(path)
+        placement = Frame.from_config(self.config).place(size := upright_size(path))
+        found = decode(probs, raw, self.config, torch.tensor([placement.content], dtype=raw.dtype))[0]
+        in_file = to_file(found["boxes"].double(), torch.tensor(placement.affine(), dtype=torch.float64))
         boxes = [
-            {"class": classes[label], "score": score, "box": [x * length / side for x, length in zip(box, size * 2)]}
-            for label, score, box in zip(*(found[name].tolist() for name in ("labels", "scores", "boxes")))
+            {"class": classes[label], "score": score, "box": box}
+            for label, score, box in zip(found["labels"].tolist(), found["scores"].tolist(), in_file.tolist())
         ]
         if self.thresholds is not None:
             boxes = [box for box in boxes if box["score"] >= self.thresholds.get(box["class"], SHOWN_SCORE)]

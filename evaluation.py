@@ -247,6 +247,18 @@ def draw_sheet(images: list[Tensor], captions: list[list[str]], columns: int = 4
     return to_tensor(sheet)
 
 
+def draw_batch(task, parts: Iterable[tuple[int, TensorMiniBatch]], count: int = 16) -> Tensor:
+    """What the model is given to learn from, with its targets: the first images of `images.micro_batches`, uint8 [3,
+    height, width]."""
+    shown = []
+    for _, part in parts:
+        part = part.to("cpu")
+        shown += [task.show(part, i) for i in range(len(part))]
+        if len(shown) >= count:
+            break
+    return draw_sheet(*map(list, zip(*shown[:count])), size=192)
+
+
 def draw_caption(picture: Image.Image, lines: list[str]) -> Image.Image:
     """The picture over lines of text."""
     sheet = Image.new("RGB", (max(picture.width, 200), picture.height + 14 * len(lines) + 4), "white")

@@ -11,6 +11,7 @@ from torch.distributions import Distribution
 
 from config import one_line
 from data_types import InputError
+from frame import Frame
 from images import per_channel
 from vision_task import Task
 
@@ -37,8 +38,8 @@ def export_model(model: nn.Module, task: Task, classes: list[str], path: Path) -
     one's own computes what torch.export cannot record."""
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}; make it, or name another file with --export")
-    size, model.autocast_dtype = task.config["model"]["image_size"], None
-    deployed, images = Deployed(model, task).eval(), torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    frame, model.autocast_dtype = Frame.from_config(task.config), None
+    deployed, images = Deployed(model, task).eval(), torch.zeros(2, 3, frame.height, frame.width, dtype=torch.uint8)
     validate = Distribution._validate_args
     Distribution.set_default_validate_args(False)  # looks at numbers, which are not there while it is recorded
     try:
@@ -49,7 +50,8 @@ def export_model(model: nn.Module, task: Task, classes: list[str], path: Path) -
         raise InputError(f"--export: the task cannot be recorded by torch.export ({one_line(error)[:160]})") from error
     finally:
         Distribution.set_default_validate_args(validate)
-    about = {"task": task.config["task"], "classes": classes, "height": size, "width": size, "outputs": outputs}
+    about = {"task": task.config["task"], "classes": classes, "height": frame.height, "width": frame.width}
+    about |= {"outputs": outputs} | ({} if frame.resize == "stretch" else vars(frame))
     temporary = path.with_name(f".{path.stem}.tmp.pt2")
     try:
         torch.export.save(program, temporary, extra_files={"metadata.json": json.dumps(about)})

@@ -16,10 +16,16 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff", 
 SUFFIXES += (".avif",) if features.check("avif") else ()
 NOT_READ = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".jpe", ".svg", ".eps", ".pdf", ".psd", ".ico", ".tga"}
 NOT_READ |= {".dcm", ".nii", ".exr", ".hdr", ".npy", ".npz", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".dng"}  # cameras'
+NOT_READ |= {".pbm", ".pnm", ".pfm", ".pcx", ".dib", ".mpo", ".apng", ".hif", ".xcf", ".sgi"}
 NOT_READ -= set(SUFFIXES)
 NO_IMAGES = {".txt", ".xml", ".json", ".csv", ".tsv", ".yaml", ".yml", ".md", ".html", ".db", ".ini", ".py", ".zip"}
 STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")  # of image files, whatever their names
 SYSTEM = {"@eadir", "__macosx", "$recycle.bin", "system volume information", "lost+found", "#recycle", "@recycle"}
+SYSTEM |= {"recycler", "found.000", "#snapshot", "@recently-snapshot", "@tmp", "__pycache__"}
+IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "imagestr", "img_dir")  # of segmentation
+MASK_FOLDERS = ("masks", "mask", "labels", "label", "annotations", "annotation", "gt", "ground_truth", "groundtruth")
+MASK_FOLDERS += ("segmentationclass", "segmentationclasspng")  # Pascal VOC's, LabelMe's
+MASK_FOLDERS += ("labelstr", "ann_dir")  # nnU-Net's, MMSegmentation's
 MOST_LINES = 10  # of one message
 OrientationTag, WidthTag, HeightTag = ExifTags.Base.Orientation, ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations
@@ -103,10 +109,18 @@ def has_late_text(image: Image.Image) -> bool:
     return False
 
 
+def open_image(path: str) -> Image.Image:
+    """Pillow's image, its pixels not yet decoded. Raises what Pillow does, and OSError for a pipe or the like, which
+    would be waited for."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("not a regular file")
+    return Image.open(path)
+
+
 def read_header(path: str) -> tuple[tuple[int, int], int]:
     """Width and height of the image file as stored, and its EXIF orientation. Raises InputError."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             if image.format == "TIFF":  # Pillow turns these by itself, some versions on opening, others on loading
                 size = image.tag_v2[WidthTag], image.tag_v2[HeightTag]
                 return size, image.tag_v2.get(OrientationTag, 1)
@@ -151,12 +165,13 @@ def refuse(findings: list[str]) -> None:
 
 # --- Class folders ----------------------------------------------------------------------------------------------------
 
-SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval", "dev"}
+SPLITS = r"train|training|val|valid|validation|test|testing|eval|dev"
+SPLITS = re.compile(rf"({SPLITS})([_ -]?(set|data|images?)|\d{{4}})?", re.IGNORECASE)  # also test_set, val2017
 OTHER_PURPOSES = (  # what folders or files beside each other are made for
-    ({"images", "masks"}, "task=segmentation"),
     ({"images", "annotations.json"}, "task=detection"),
     ({"images", "labels"}, "task=detection (uv run tools/to_coco.py makes its format), or masks: task=segmentation"),
     ({"images", "annotations"}, "task=detection, or masks: task=segmentation"),
+    ({"leftimg8bit", "gtfine"}, "task=segmentation, as images/ and masks/"),
     ({"jpegimages", "annotations"}, "task=detection (uv run tools/to_coco.py makes its format)"),
 )
 FOLDER_HINT = "it should hold one subdirectory of images per class"
@@ -175,6 +190,8 @@ def find_classes(root: str, known: Iterable[str] | None = None) -> dict[str, str
     if not os.path.isdir(root):
         raise InputError(f"{root}: no such folder; {FOLDER_HINT}")
     entries, home = list_folder(root), os.path.realpath(root)
+    lost = sorted(e.path for e in entries if is_visible(e.name) and e.is_symlink() and not os.path.exists(e.path))
+    refuse([f"{path}: a link to {os.readlink(path)}, where nothing is; correct or remove it" for path in lost])
     names = sorted((e.name for e in entries if e.is_dir() and is_visible(e.name)), key=natural_key)
     real = {name: os.path.realpath(os.path.join(root, name)) for name in names}
     names = [name for name in names if not leads_back(real[name], home)]
@@ -199,12 +216,16 @@ def find_classes(root: str, known: Iterable[str] | None = None) -> dict[str, str
 
 def refuse_other_purposes(root: str, names: list[str], entries: list[os.DirEntry]) -> None:
     """Raises InputError where the folders `names` of `root` are no classes, but splits, or parts of another format."""
-    if splits := [name for name in names if name.lower() in SPLITS] * ({*map(str.lower, names)} <= SPLITS):
-        raise InputError(f"{root}: it holds {', '.join(splits)}, not classes; name one of them: {root}/{splits[0]}")
+    if names and all(map(SPLITS.fullmatch, names)):
+        first = min(names, key=lambda name: not name.lower().startswith("train"))
+        raise InputError(f"{root}: it holds {', '.join(names)}, not classes; name one of them: {root}/{first}")
     present = {entry.name.lower() for entry in entries}
     for marks, purpose in OTHER_PURPOSES:
         if marks <= present:
             raise InputError(f"{root}: it holds {' and '.join(sorted(marks))}, not classes; that is for {purpose}")
+    if (images := present.intersection(IMAGE_FOLDERS)) and (masks := present.intersection(MASK_FOLDERS)):
+        found = " and ".join(sorted(images | masks))
+        raise InputError(f"{root}: it holds {found}, not classes; that is for task=segmentation")
 
 
 def list_folder(root: str) -> list[os.DirEntry]:
@@ -218,6 +239,6 @@ def list_folder(root: str) -> list[os.DirEntry]:
 def class_notes(root: str, classes: Iterable[str]) -> list[str]:
     """Lines on images that lie beside the class folders, and on classes that are called like splits."""
     loose = sorted(e.name for e in list_folder(root) if e.name.lower().endswith(SUFFIXES) and not e.is_dir())
-    loose, splits = list(filter(is_visible, loose)), [name for name in classes if name.lower() in SPLITS]
+    loose, splits = list(filter(is_visible, loose)), list(filter(SPLITS.fullmatch, classes))
     notes = [f"not read: {len(loose)} images beside the class folders, {loose[0]} the first"] if loose else []
     return notes + [f"{', '.join(splits)} are taken for classes, though they are called like splits"] * bool(splits)

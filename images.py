@@ -1,4 +1,4 @@
-"""Images, for every task: decoded, resized, streamed in batches, mirrored, normalised."""
+"""Images, for every task: decoded, put into the input's frame, streamed in batches, mirrored, normalised."""
 
 import atexit
 import hashlib
@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from config import load_file, one_line
 from data_types import InputError, TensorMiniBatch
+from folders import open_image
+from frame import Crop, Frame
 from grpo import keyed_rng
 from processes import gather_everywhere, rank_and_world
 
@@ -46,14 +48,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode_image(path: str, image_size: int) -> Tensor:
-    """The image file as uint8 [3, image_size, image_size], upright, resized (not cropped) with antialiasing. Raises
-    InputError, which names the file."""
+def decode_image(path: str, image_size: int | Sequence[int] | Frame, crop: Crop | None = None) -> Tensor:
+    """The image file, or a crop of it, as uint8 [3, height, width], upright, resized with antialiasing. image_size: see
+    `Frame.of`, which without a mode stretches. Raises InputError, which names the file."""
+    frame, size = Frame.of(image_size), None
     try:
-        with Image.open(path) as image:
-            image.draft(None, (image_size, image_size))  # JPEG: decode at 1/2, 1/4, 1/8 where that is still enough
+        with open_image(path) as image:
+            if image.format in ("JPEG", "MPO"):  # decode at 1/2, 1/4, 1/8 where that is still enough
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+                size = image.size[::-1] if turned else image.size
+                enough = frame.place(size, crop).enough()
+                image.draft(None, enough[::-1] if turned else enough)
             rgb = to_rgb(ImageOps.exif_transpose(image))
-        rgb = rgb.resize((image_size, image_size), Image.Resampling.BICUBIC)
+        rgb = frame.place(size or rgb.size, crop).fill(rgb, frame, Image.Resampling.BICUBIC, frame.padding)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise InputError(f"{path}: not a readable image ({one_line(error)}); repair or remove it") from error
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()  # [h, w, 3] -> [3, h, w]
@@ -61,8 +68,8 @@ def decode_image(path: str, image_size: int) -> Tensor:
 
 class ImageDataset(Dataset):
     """Image files and what is known about them: what every task's `open` returns. A subclass sets root, the folder;
-    image_size, of the input; paths, the n files; classes, the K names by id; and `targets` [n, E…], or it has a `batch`
-    of its own. notes: what the run says of the folder before it begins, one a line."""
+    image_size, of the input, see `Frame.of`; paths, the n files; classes, the K names by id; and `targets` [n, E…], or
+    it has a `batch` of its own. notes: what the run says of the folder before it begins, one a line."""
 
     channels = 3  # of an item
     notes: tuple[str, ...] = ()
@@ -71,11 +78,15 @@ class ImageDataset(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Item `index` as a worker decodes it: uint8 [channels, image_size, image_size]. Raises InputError."""
-        return decode_image(self.paths[index], self.image_size)
+        """Item `index` as a worker decodes it: uint8 [channels, H, W]. Raises InputError."""
+        return self.item(index)
 
-    def batch(self, indices: Tensor, items: Tensor) -> TensorMiniBatch:
-        """The items at the places `indices` [B], uint8 [B, channels, image_size, image_size], with their targets."""
+    def item(self, index: int, crop: Crop | None = None) -> Tensor:
+        """The same of a crop of its image."""
+        return decode_image(self.paths[index], self.image_size, crop)
+
+    def batch(self, indices: Tensor, items: Tensor, crops: list[Crop] | None = None) -> TensorMiniBatch:
+        """The items at the places `indices` [B], uint8 [B, channels, H, W], with their targets."""
         return TensorMiniBatch(items, self.targets[indices], self.metadata(indices))
 
     def metadata(self, indices: Tensor) -> dict:
@@ -103,14 +114,17 @@ class _BatchDecoder(Dataset):
     def __init__(self, dataset: Dataset, on_bad: str):
         self.dataset, self.on_bad = dataset, on_bad
 
-    def __getitem__(self, indices: list[int]) -> tuple[list[int], dict[str, str], Tensor] | InputError:
+    def __getitem__(
+        self, indices: list[int] | list[tuple[int, Crop]]
+    ) -> tuple[list[int], dict[str, str], Tensor] | InputError:
         """The places that were decoded (with `drop` perhaps fewer), what is wrong with others, by file, the items."""
         found, bad, items = [], {}, []
         n = len(self.dataset)
         for index in indices:
+            index, *crop = index if isinstance(index, tuple) else (index,)
             for place in range(index, index + n if self.on_bad == "skip" else index + 1):
                 try:
-                    items.append(self.dataset[place % n])
+                    items.append(self.dataset.item(place % n, *crop) if crop else self.dataset[place % n])
                     found.append(place % n)
                     break
                 except InputError as error:
@@ -119,8 +133,7 @@ class _BatchDecoder(Dataset):
                     bad[self.dataset.paths[place % n]] = str(error)
         if not items and self.on_bad == "skip":
             return InputError(f"{self.dataset.root}: no image that can be decoded")
-        size = self.dataset.image_size
-        shape = 0, self.dataset.channels, size, size
+        shape = 0, *item_shape(self.dataset)
         batch = torch.stack(items) if items else torch.empty(shape, dtype=torch.uint8)
         return found, bad, share(batch) if get_worker_info() else batch
 
@@ -129,6 +142,12 @@ class _BatchDecoder(Dataset):
         module = sys.modules[type(self.dataset).__module__]
         file = module.__file__ if getattr(module, "loaded_by_path", False) else None
         return _unpickle_decoder, (file, pickle.dumps(self.dataset), self.on_bad)
+
+
+def item_shape(dataset: Dataset) -> tuple[int, int, int]:
+    """Channels, height and width of an item of an `ImageDataset`."""
+    frame = Frame.of(dataset.image_size)
+    return dataset.channels, frame.height, frame.width
 
 
 def share(batch: Tensor) -> Tensor | np.ndarray:
@@ -182,13 +201,14 @@ def stream_batches(
     *,
     cache: bool = False,
     part: slice = slice(None),
+    crops: Callable[[int], list[Crop]] | None = None,
 ) -> Iterator[TensorMiniBatch]:
     """The uint8 batches of the given steps of an endless pass over an `ImageDataset`: epoch after epoch, no image
     dropped. Step s takes places s * batch_size … of the epochs laid end to end, so they are a function of s alone.
 
     order(epoch): the epoch's permutation, [n]. cache: decoded images are kept in memory, and after a whole epoch no
     file is opened any more. part: the images of each batch that this process is to have; not with `cache`, which would
-    never be full.
+    never be full. crops(step): of the whole batch's images, [batch_size]; not with `cache` either.
     """
     n = len(dataset)
     order = lru_cache(maxsize=2)(order)
@@ -198,15 +218,19 @@ def stream_batches(
         epochs = range(int(places[0]) // n, int(places[-1]) // n + 1)
         return torch.cat([order(epoch)[places[places // n == epoch] % n] for epoch in epochs])[part]
 
+    def wanted(step: int) -> list[int] | list[tuple[int, Crop]]:  # lists: a tensor would go through shared memory
+        places = indices(step).tolist()
+        return list(zip(places, crops(step)[part])) if crops else places
+
     decode = steps
     if cache:
         seen_all = (-(-steps.start * batch_size // n) + 1) * n  # where the first epoch entered at its start ends
         decode = range(steps.start, min(steps.stop, -(-seen_all // batch_size)))
-        store = torch.empty(n, dataset.channels, dataset.image_size, dataset.image_size, dtype=torch.uint8)
+        store = torch.empty(n, *item_shape(dataset), dtype=torch.uint8)
         source = torch.arange(n)  # the place that a place's image is taken from
     loader = DataLoader(
         _BatchDecoder(dataset, loading.on_bad),
-        sampler=(indices(step).tolist() for step in decode),  # lists: a tensor would go through shared memory
+        sampler=map(wanted, decode),
         batch_size=None,  # an item is a batch already
         num_workers=loading.num_workers,
         collate_fn=as_is,  # the default would make a tensor of what `share` made an array
@@ -224,7 +248,8 @@ def stream_batches(
         if cache:
             store[found] = items
             source[indices(step)] = torch.tensor(found)
-        batch = dataset.batch(torch.tensor(found, dtype=torch.int64), items)
+        moved = (crops(step)[part],) if crops else ()
+        batch = dataset.batch(torch.tensor(found, dtype=torch.int64), items, *moved)
         yield batch.pin_memory() if loading.pin_memory else batch
     for step in range(decode.stop, steps.stop):
         found = source[indices(step)]
@@ -267,16 +292,14 @@ def ordered_batches(
 
 
 def micro_batches(
-    batch: TensorMiniBatch, size: int, key: tuple[int, int], mirror: Callable | None
+    batch: TensorMiniBatch, size: int, key: tuple[int, int], augment: Callable | None
 ) -> Iterator[tuple[int, TensorMiniBatch]]:
-    """The batch in parts of `size` images, each with its place in the batch of all processes. mirror: mirrors half of a
-    part, see `Task.mirror`; its draws are a function of key, (seed, step), and the place."""
+    """The batch in parts of `size` images, each with its place in the batch of all processes. augment: see
+    `augment.augmentation`; its draws are a function of key, (seed, step), and the place."""
+    rank, world = rank_and_world()
     for start in range(0, len(batch), size):
-        part, index = batch[start : start + size], rank_and_world()[0] * len(batch) + start
-        if mirror:
-            with keyed_rng(*key, "flips", index):
-                part = mirror(part)
-        yield index, part
+        part, index = batch[start : start + size], rank * len(batch) + start
+        yield index, augment(part, key, index, world * len(batch)) if augment else part
 
 
 class Batches:
@@ -335,7 +358,7 @@ def epoch_order(epoch: int, seed: int, size: int) -> Tensor:
 
 def keep_decoded(data: SimpleNamespace, *datasets: Dataset | None) -> tuple[bool, int]:
     """Whether decoded images are kept in memory (data.cache), and how many bytes they are."""
-    size = sum(dataset.channels * dataset.image_size**2 * len(dataset) for dataset in datasets if dataset)
+    size = sum(math.prod(item_shape(dataset)) * len(dataset) for dataset in datasets if dataset)
     alone = rank_and_world()[1] == 1  # a process would see all images only after many epochs
     return alone and (data.cache == "always" or (data.cache == "auto" and size <= data.cache_limit_gb * 1e9)), size
 

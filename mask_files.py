@@ -17,25 +17,29 @@ from torch import Tensor
 from config import one_line
 from data_types import InputError
 from folders import (
+    IMAGE_FOLDERS,
+    MASK_FOLDERS,
+    SPLITS,
     SUFFIXES,
     find_images,
     is_sideways,
     is_visible,
     not_read_note,
+    open_image,
     plain_name,
     refuse,
     same_name,
     upright_sizes,
 )
+from frame import Crop, Frame
 
 IGNORED, NO_CLASS = 255, 254  # in place of a class id
 MOST_COUNTED = 5000  # masks that are decoded before a run
-IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "imagestr")  # the first, or the only one of the others
-MASK_FOLDERS = ("masks", "mask", "labels", "label", "annotations", "annotation", "gt", "ground_truth", "groundtruth")
-MASK_FOLDERS += ("segmentationclass", "segmentationclasspng", "labelstr")  # Pascal VOC's, LabelMe's, nnU-Net's
 IMAGE_ENDING = re.compile(r"[_. -](image|img|sat|leftimg8bit|0000)$", re.IGNORECASE)
 MASK_ENDING = r"masks?|gt|labels?|seg|segmentation|annotations?|ground_?truth|l|(gt(fine|coarse)_)?label(train)?ids"
 MASK_ENDING = re.compile(rf"[_. -]({MASK_ENDING})$", re.IGNORECASE)
+OTHER_COLOUR = r"(#|0x)([0-9a-f]{3}|[0-9a-f]{6}|[0-9a-f]{8})|\d{1,3}([\s,;]+\d{1,3}){2}"
+OTHER_COLOUR = re.compile(rf"\S[\s,:;(\[]+({OTHER_COLOUR})\W*$", re.IGNORECASE)
 
 
 def folder_of(root: str, names: tuple[str, ...]) -> str:
@@ -75,6 +79,9 @@ def find_pairs(root: str) -> tuple[list[str], list[str], list[str]]:
         paths, others = find_images(folder, not_read), not_read_note(not_read)
         if not paths:
             raise InputError("; ".join([f"{folder}: no {what} ({' '.join(SUFFIXES)})", *others]))
+        top = {os.path.relpath(path, folder).split(os.sep)[0] for path in paths}
+        if what == "images" and len(splits := sorted(filter(SPLITS.fullmatch, top))) > 1:
+            others.append(f"{', '.join(splits)} are read as one set; to part them, give each its own {what} and masks")
         notes += [f"{os.path.basename(folder)}/: {note}" for note in others]
         kinds.append(by_stem(paths, folder, ending))
     pairs = [(images, masks) for images in kinds[0] for masks in kinds[1]]
@@ -150,7 +157,10 @@ def read_classes(root: str, classes: list[str] | None = None) -> tuple[list[str]
             raise InputError(f"{path}: the classes are numbered from 1; {hint}")
     names, colours = [name for name, _ in rows], [colour for _, colour in rows + ignored]
     if not 2 <= len(names) <= NO_CLASS or len(set(names)) < len(names):
-        raise InputError(f"{path}: it should name 2 to {NO_CLASS} different classes, one a line; found {len(names)}")
+        found = len(names) if len(set(names)) == len(names) else f"{max(names, key=names.count)} twice"
+        raise InputError(f"{path}: it should name 2 to {NO_CLASS} different classes, one a line; found {found}")
+    if not any(colours) and all(map(OTHER_COLOUR.search, names)):  # a palette's index would count in its place
+        raise InputError(f"{path}: {names[0]}: a colour is written name #rrggbb, with six digits of base sixteen")
     if not any(colours):
         return names, None
     if None in colours or len(set(colours)) < len(colours):
@@ -165,7 +175,7 @@ class UnreadableMask(InputError):
 def open_mask(path: str) -> tuple[Image.Image, str]:
     """The mask file upright, and what about its format may have changed its values. Raises UnreadableMask."""
     try:
-        with Image.open(path) as opened:
+        with open_image(path) as opened:
             kind, raw = opened.format, opened.tile[0].args if opened.tile else ""
             lossy = kind in ("JPEG", "MPO", "JPEG2000", "AVIF") or opened.info.get("compression") == "jpeg"
             if kind == "WEBP":
@@ -256,16 +266,19 @@ def unknown_values(path: str, values: np.ndarray, ids: np.ndarray) -> str:
     return f"{line}; soft edges are no class, and a class that is missing belongs into classes.txt"
 
 
-def decode_mask(path: str, image_size: int, ids: np.ndarray, colours: str | None = None) -> Tensor:
-    """The mask file as uint8 [image_size, image_size] of class ids and 255, resized by nearest neighbour. ids: see
-    `class_ids`; colours: of the pixel values, if masks have colours. Raises InputError with one line that names the
-    file."""
+def decode_mask(
+    path: str, image_size: int | Frame, ids: np.ndarray, colours: str | None = None, crop: Crop | None = None
+) -> Tensor:
+    """The mask file as uint8 [H, W] of class ids and 255, put where `images.decode_image` puts the image, by nearest
+    neighbour; beside it nothing counts. ids: see `class_ids`; colours: of the pixel values, if masks have colours.
+    Raises InputError with one line that names the file."""
     values = read_values(path, colours)
     mask = ids[values]
     if (unknown := mask == NO_CLASS).any():
         raise InputError(unknown_values(path, np.unique(values[unknown]), ids))
-    resized = Image.fromarray(mask).resize((image_size, image_size), Image.Resampling.NEAREST)
-    return torch.from_numpy(np.array(resized))
+    image, frame = Image.fromarray(mask), Frame.of(image_size)
+    filled = frame.place(image.size, crop).fill(image, frame, Image.Resampling.NEAREST, IGNORED)
+    return torch.from_numpy(np.array(filled))
 
 
 class MaskClasses:

@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.distributions import Bernoulli
 
-from build import build_model, configure, load_rewards, pick_device
+from build import build_model, configure, load_rewards, open_set, pick_device
 from checkpoint import load_checkpoint
 from config import flatten
 from data_types import InputError, TensorMiniBatch, printable
@@ -36,6 +36,7 @@ from detection_task import best_thresholds, mean_f1
 from evaluation import load_pyplot, metrics_line, to_picture
 from export import export_model
 from folders import SUFFIXES, find_images
+from frame import Frame
 from grpo import keyed_rng
 from images import BadImages, ImageDataset, Loading, decode_image, ordered_batches, to_rgb
 from scores import RewardEvaluation
@@ -143,13 +144,13 @@ def about(args: argparse.Namespace, task: Task, classes: list[str]) -> dict:
     return {"checkpoint": args.checkpoint, "task": task.config["task"], "classes": classes, "passes": passes}
 
 
-def decode_files(files: list[tuple[str, str]], image_size: int) -> Iterator[tuple[str, str, Tensor]]:
-    """The files in order, each with its image, uint8 [3, image_size, image_size]; of one that cannot be decoded there
-    is a line on stderr instead."""
+def decode_files(files: list[tuple[str, str]], frame: Frame) -> Iterator[tuple[str, str, Tensor]]:
+    """The files in order, each with its image, uint8 [3, H, W]; of one that cannot be decoded there is a line on stderr
+    instead."""
     told = set()
     for path, name in files:
         try:
-            yield path, name, decode_image(path, image_size)
+            yield path, name, decode_image(path, frame)
         except InputError as error:
             if path not in told:
                 complain(error)
@@ -165,7 +166,7 @@ def predict(args: argparse.Namespace) -> int:
     width = min(max(len(printable(path)) for path, _ in files), 60)
     if not args.json:
         print(f"{'image':<{width}}  entropy  mutual information  found")
-    stream = decode_files(files, task.config["model"]["image_size"])
+    stream = decode_files(files, Frame.from_config(task.config))
     while batch := list(islice(stream, args.batch_size)):
         decoded += len(batch)
         for (path, name, _), outputs in zip(batch, network(torch.stack([image for *_, image in batch])).cpu()):
@@ -205,7 +206,7 @@ def fit(args: argparse.Namespace) -> int:
     """Fits what --decide reward needs on a hold-out folder, into a file beside the checkpoint; returns the exit
     status."""
     network, task, classes, checkpoint = open_checkpoint(args)
-    dataset, rewards = task.open(args.fit, classes), load_rewards(task)
+    dataset, rewards = open_set(task, args.fit, classes), load_rewards(task)
     boxes, score = hasattr(task, "thresholds"), None
     if not boxes:
         score = score_of(rewards)
@@ -240,7 +241,7 @@ def evaluate(args: argparse.Namespace) -> int:
         load_pyplot()  # raises now, not after an hour, where matplotlib is missing
     network, task, classes, checkpoint = open_checkpoint(args)
     rewards, decider = open_decision(args, task, checkpoint)
-    dataset = task.open(args.evaluate, classes)
+    dataset = open_set(task, args.evaluate, classes)
     evaluation, judge = task.evaluation(dataset), RewardEvaluation(task, rewards, decider)
     bad_images = BadImages(len(dataset), complain)
     for batch in batches_of(args, task, dataset, bad_images):

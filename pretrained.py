@@ -169,10 +169,11 @@ def rename(name: str) -> str:
     return name
 
 
-def to_timm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_timm(weights: Mapping[str, Tensor], own: bool = False) -> dict[str, Tensor]:
     """Under timm's names, float32, as a ViT without layer scale has them: q, k and v in one (a missing bias is 0), the
     bias under DINOv3's mask, layer scale multiplied into the layers before it, a position embedding without an entry of
-    the class token with one of 0. Each is the same function. Raises InputError."""
+    the class token with one of 0. Each is the same function. own: of this repo, which has that entry. Raises
+    InputError."""
     weights = {rename(name): tensor for name, tensor in weights.items()}
     for pattern, what in VARIANTS.items():
         if names := [name for name in weights if re.match(pattern, name)]:
@@ -208,7 +209,8 @@ def to_timm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         gamma = take(name, bias)
         weights |= {f"{layer}bias": bias * gamma, f"{layer}weight": weight * gamma[:, None]}
     pos_embed = weights.get("pos_embed")
-    if pos_embed is not None and pos_embed.ndim == 3 and math.isqrt(pos_embed.shape[1]) ** 2 == pos_embed.shape[1] > 1:
+    entries = 0 if own or pos_embed is None or pos_embed.ndim != 3 else pos_embed.shape[1]
+    if math.isqrt(entries) ** 2 == entries > 1:
         weights["pos_embed"] = F.pad(pos_embed, (0, 0, 1, 0))  # timm's no_embed_class, DeiT III
     return weights
 
@@ -285,7 +287,7 @@ def read_pretrained(path: str) -> Pretrained:
     own = state if isinstance(state, dict) and {"config", "classes", "step"} <= state.keys() else None
     try:
         named, ignored, of = find_weights(state)
-        found = Pretrained(file, to_timm(named), ignored=ignored, of=of, own=own)
+        found = Pretrained(file, to_timm(named, own is not None), ignored=ignored, of=of, own=own)
         found.told = sizes_of(found.weights)
         periods, of_transformers = found.weights.pop("rope_embed.periods", None), "embeddings.cls_token" in named
         scaled = any(re.search(r"(ls1\.gamma|lambda1)$", name) for name in named)
@@ -316,28 +318,51 @@ def read_pretrained(path: str) -> Pretrained:
 # --- Loading ----------------------------------------------------------------------------------------------------------
 
 
-def resample_positions(pos_embed: Tensor, grid: int, antialias: bool = True, offset: float = 0.0) -> Tensor:
-    """A position embedding [1, 1 + g * g, D] for another grid of patches, [1, 1 + grid * grid, D]: bicubic, with or
-    without antialiasing, the class token's entry as it is. For the same grid `pos_embed` itself. offset: the original
-    DINOv2's, which resamples to a grid larger by 0.1 patches and takes the first `grid` of each row."""
-    old = math.isqrt(pos_embed.shape[1] - 1)
+def grid_of(found: Pretrained) -> tuple[int, int] | None:
+    """Rows and columns of patches of the position embedding, of which a checkpoint of this repo says what they are;
+    else they are a square's, or None."""
+    entries, then = found.weights["pos_embed"].shape[1] - 1, (found.own or {}).get("config")
+    model = then.get("model") if isinstance(then, dict) else None
+    size, patch = (model.get(key) for key in ("image_size", "patch_size")) if isinstance(model, dict) else (None, None)
+    if isinstance(size, list) and len(size) == 2 and all(type(x) is int and x > 0 for x in (*size, patch)):
+        grid = size[0] // patch, size[1] // patch
+        if math.prod(grid) == entries:
+            return grid
+    side = math.isqrt(entries)
+    return (side, side) if side**2 == entries else None
+
+
+def resample_positions(
+    pos_embed: Tensor,
+    grid: int | tuple[int, int],
+    antialias: bool = True,
+    offset: float = 0.0,
+    old: tuple[int, int] | None = None,
+) -> Tensor:
+    """A position embedding [1, 1 + rows * columns, D] of the grid `old` (None: a square) for another one: bicubic, with
+    or without antialiasing, the class token's entry as it is. For the same grid `pos_embed` itself. offset: the
+    original DINOv2's, which resamples to a grid larger by 0.1 patches and takes the first ones of each row."""
+    grid = (grid, grid) if isinstance(grid, int) else grid
+    old = old or (math.isqrt(pos_embed.shape[1] - 1),) * 2
     if old == grid:
         return pos_embed
     token, patches = pos_embed[:, :1], pos_embed[:, 1:]
-    image = patches.unflatten(1, (old, old)).permute(0, 3, 1, 2)  # [1, g * g, D] -> [1, D, g, g]
-    target = {"scale_factor": (grid + offset) / old} if offset else {"size": (grid, grid)}
+    image = patches.unflatten(1, old).permute(0, 3, 1, 2)  # [1, P, D] -> [1, D, rows, columns]
+    scales = [(new + offset) / side for new, side in zip(grid, old)]
+    target = {"scale_factor": scales} if offset else {"size": grid}
     image = F.interpolate(image, mode="bicubic", antialias=antialias, **target)
     return torch.cat([token, image.flatten(2).transpose(1, 2)], 1)
 
 
-def check_tensor(name: str, tensor: Tensor, own: Tensor) -> None:
-    """Raises InputError for a tensor that cannot be the model's `own`; a position embedding may have another square
-    grid. Looks at no number, so that a shape without the memory behind it (an expanded tensor) is no harm."""
+def check_tensor(name: str, tensor: Tensor, own: Tensor, found: Pretrained) -> None:
+    """Raises InputError for a tensor that cannot be the model's `own`; a position embedding may have another grid, a
+    square or one that its file tells. Looks at no number, so that a shape without the memory behind it (an expanded
+    tensor) is no harm."""
     check_numbers(name, tensor)
     shape, expected = list(tensor.shape), list(own.shape)
     if name == "pos_embed" and tensor.ndim == 3 and shape[1] > 1 and [shape[0], shape[2]] == [expected[0], expected[2]]:
         expected, entries = shape, shape[1]
-        if math.isqrt(entries - 1) ** 2 != entries - 1:
+        if grid_of(found) is None:
             what = "not those of a class token and a square grid of patches"
             raise InputError(f"pos_embed has {entries} entries, {what}")
     if shape != expected:
@@ -414,16 +439,16 @@ def load_weights(model: nn.Module, path: str, config: dict | None = None, classe
             for name in head:
                 weights.pop(name, None)
         for name in filter(weights.__contains__, own):
-            check_tensor(name, weights[name], own[name])
+            check_tensor(name, weights[name], own[name], found)
             weights[name] = weights[name].to(own[name].dtype)
             if not weights[name].isfinite().all():
                 raise InputError(f"{name} holds NaN or infinity")
-        grids = [math.isqrt(tensors["pos_embed"].shape[1] - 1) for tensors in (weights, own) if "pos_embed" in tensors]
+        grids = (grid_of(found), model.grid) if "pos_embed" in weights and "pos_embed" in own else ()
         resampled = len(set(grids)) == 2
         if resampled:
             asked = config.get("model", {}).get("pos_embed_antialias", "auto")
             antialias, offset = (found.antialias, found.offset) if asked == "auto" else (asked == "true", 0.0)
-            weights["pos_embed"] = resample_positions(weights["pos_embed"], grids[1], antialias, offset)
+            weights["pos_embed"] = resample_positions(weights["pos_embed"], model.grid, antialias, offset, grids[0])
         fresh, unexpected = model.load_state_dict(weights, strict=False)
         missing = [name for name in fresh if name not in head]
         unknown = [name for name in unexpected if not IGNORED.match(name)]
@@ -436,7 +461,7 @@ def load_weights(model: nn.Module, path: str, config: dict | None = None, classe
     done = [f"{len(own) - len(fresh)} tensors loaded" + (f" from {shown([found.of])}" if found.of else "")]
     if resampled:
         how = f"{'with' if antialias else 'without'} antialiasing" + (f", offset {offset}" if offset else "")
-        done.append("pos_embed resampled from {0}x{0} to {1}x{1} {2}".format(*grids, how))
+        done.append("pos_embed resampled from {}x{} to {}x{} {}".format(*grids[0], *grids[1], how))
     done += [matched] if matched else []
     for names, what in ((fresh, "left fresh"), (found.ignored + unexpected, "ignored")):
         if names:

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.distributions import Categorical
 from torch.utils.data import Dataset
 
+from augment import turned
 from config import Key, one_of
 from data_types import Credit, TensorMiniBatch
 from evaluation import DenseEvaluation, confusion_matrix, draw_confusion, predictive_entropy, to_picture, to_tensor
 from folders import upright_size
+from frame import Crop, Frame
 from images import ImageDataset, decode_image, draw_mirrored, mirror
 from mask_files import IGNORED, MaskClasses, check_sizes, decode_mask, find_pairs
 from vision_task import Task
@@ -26,36 +28,44 @@ COLOURS = {"rule": "rrggbb rrggbb …", "valid": re.compile(r"[0-9a-fA-F]{6}( [0
 class SegmentationDataset(ImageDataset):
     """A folder of `images/` and `masks/` with the same stems; `mask_files.py` has what a mask may be.
 
-    classes, and further options: see `mask_files.MaskClasses`. Item i is uint8 [4, image_size, image_size]: the image
-    and, as its fourth channel, the mask. Raises InputError for images and masks that do not fit each other, and for
-    masks that do not fit the classes.
+    classes, and further options: see `mask_files.MaskClasses`. Item i is uint8 [4, H, W]: the image and, as its fourth
+    channel, the mask, 255 where the image was padded. Raises InputError for images and masks that do not fit each
+    other, and for masks that do not fit the classes.
     """
 
     channels = 4  # the mask is the fourth
 
-    def __init__(self, root: str, image_size: int, classes: list[str] | None = None, skip: bool = False, **options):
+    def __init__(
+        self,
+        root: str,
+        image_size: int | Frame,
+        classes: list[str] | None = None,
+        skip: bool = False,
+        **options,
+    ):
         self.root, self.image_size = root, image_size
         self.paths, self.mask_paths, notes = find_pairs(root)
         check_sizes(self.paths, self.mask_paths, skip)
         self.masks = MaskClasses(root, self.mask_paths, classes, skip=skip, **options)
         self.classes, self.notes = self.masks.classes, (*notes, *self.masks.notes)
 
-    def __getitem__(self, index: int) -> Tensor:
-        image = decode_image(self.paths[index], self.image_size)
-        mask = decode_mask(self.mask_paths[index], self.image_size, self.masks.ids, self.masks.colours)
+    def item(self, index: int, crop: Crop | None = None) -> Tensor:
+        image = decode_image(self.paths[index], self.image_size, crop)
+        mask = decode_mask(self.mask_paths[index], self.image_size, self.masks.ids, self.masks.colours, crop)
         return torch.cat([image, mask[None]])
 
-    def batch(self, indices: Tensor, items: Tensor) -> TensorMiniBatch:
+    def batch(self, indices: Tensor, items: Tensor, crops: list[Crop] | None = None) -> TensorMiniBatch:
         """Items [B, 4, H, W] -> inputs [B, 3, H, W], targets [B, H, W] int64 (0 where ignored) and counted pixels."""
         counted = items[:, 3] != IGNORED
         targets = torch.where(counted, items[:, 3], 0).long()
         return TensorMiniBatch(items[:, :3], targets, self.metadata(indices), counted)
 
 
-def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
-    """[…, P, patch_size² · K] -> [..., H, W, K]: the logits of each patch's pixels (row by row) in their place."""
-    side = math.isqrt(tokens.shape[-2])
-    x = tokens.unflatten(-1, (patch_size, patch_size, -1)).unflatten(-4, (side, side))  # […, row, column, y, x, K]
+def unpatchify(tokens: Tensor, patch_size: int, columns: int | None = None) -> Tensor:
+    """[…, P, patch_size² · K] -> [..., H, W, K]: the logits of each patch's pixels (row by row) in their place.
+    columns: patches in a row; None: the grid is a square."""
+    columns = columns or math.isqrt(tokens.shape[-2])
+    x = tokens.unflatten(-1, (patch_size, patch_size, -1)).unflatten(-4, (-1, columns))  # […, row, column, y, x, K]
     return x.transpose(-4, -3).flatten(-5, -4).flatten(-3, -2)  # […, row, y, column, x, K] -> […, H, W, K]
 
 
@@ -214,7 +224,8 @@ class Segmentation(Task):
         """The training folder decides what masks mean; the config keeps that for the others and in the checkpoint."""
         model, own = self.config["model"], self.config["segmentation"]
         skip = self.config["data"]["on_bad_image"] == "skip"
-        dataset = SegmentationDataset(root, model["image_size"], classes, skip, num_classes=model["num_classes"], **own)
+        frame = Frame.from_config(self.config)
+        dataset = SegmentationDataset(root, frame, classes, skip, num_classes=model["num_classes"], **own)
         if classes is None:
             own |= {"value_255": dataset.masks.value_255, "colours": dataset.masks.colours}
         return dataset
@@ -224,7 +235,8 @@ class Segmentation(Task):
 
     def arrange(self, outputs: Tensor) -> Tensor:
         """[…, P, patch_size² · K] -> logits […, H, W, K]."""
-        return unpatchify(outputs, self.config["model"]["patch_size"])
+        patch_size = self.config["model"]["patch_size"]
+        return unpatchify(outputs, patch_size, Frame.from_config(self.config).width // patch_size)
 
     def policy(self, outputs: Tensor, progress: float = 1.0) -> PixelClasses:
         return mask_policy_adapter(outputs)
@@ -234,13 +246,22 @@ class Segmentation(Task):
         inputs, targets, counted = (mirror(x, chosen) for x in (batch.inputs, batch.targets, batch.counted))
         return TensorMiniBatch(inputs, targets, batch.metadata, counted)
 
+    def turn(self, batch: TensorMiniBatch, turns: Tensor) -> TensorMiniBatch:
+        inputs, targets, counted = (turned(x, turns) for x in (batch.inputs, batch.targets, batch.counted))
+        return TensorMiniBatch(inputs, targets, batch.metadata, counted)
+
+    def show(self, batch: TensorMiniBatch, i: int) -> tuple[Tensor, list[str]]:
+        truth = batch.targets[i].where(batch.counted[i], IGNORED)
+        return torch.cat([batch.inputs[i], overlay(batch.inputs[i], truth)], -1), ["image, truth"]
+
     def evaluation(self, dataset: Dataset) -> MaskEvaluation:
         return MaskEvaluation(self, dataset)
 
     def describe(self, outputs: Tensor, path: str, classes: list[str]) -> tuple[dict, Image.Image]:
-        """The shares of the mask's pixels; the mask (mode L) at the image file's size. outputs: logits [T, H, W, K]."""
+        """The shares of the mask's pixels; the mask (mode L) at the image file's size, 255 where the file was cut off.
+        outputs: logits [T, H, W, K]."""
         mask = to_picture(self.decide(outputs, path, classes).to(torch.uint8))
-        mask = mask.resize(upright_size(path), Image.Resampling.NEAREST)
+        mask = Frame.from_config(self.config).place(upright_size(path)).restore(mask, IGNORED)
         counts = mask.histogram()[: len(classes)]
         return {"shares": {name: count / sum(counts) for name, count in zip(classes, counts) if count}}, mask
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from augment import Settings
 from data_types import InputError
-from images import Prepared, keep_decoded, prepare
+from images import Prepared, item_shape, keep_decoded, prepare
 from processes import rank_and_world
 from report import Console
 from vision_task import Task
@@ -111,7 +112,7 @@ def open_networks(
     why nothing is. Raises InputError where data.token_cache_dir has no room."""
     networks = [task.network(network) if network else None for network in (model, reference)]
     data, training = (SimpleNamespace(**task.config[section]) for section in ("data", "training"))
-    blocks = kept_blocks(task.config["model"], training.freeze_blocks)
+    blocks, augment = kept_blocks(task.config["model"], training.freeze_blocks), Settings.of(data.augment)
     if not training.freeze_blocks:
         return tuple(networks)
     reasons = {
@@ -119,12 +120,13 @@ def open_networks(
         "of several processes": rank_and_world()[1] > 1,
         "of a network of the task's own": any(type(network) is not Prepared for network in filter(None, networks)),
         "dropout comes before their end; set model.dropout_blocks lower": blocks < 1,
+        "data.augment: each step has other crops or colours": bool(augment.crop or augment.color),
     }
     if why := [reason for reason, holds in reasons.items() if holds]:
         console.line(f"frozen blocks: run again each epoch ({why[0]})")
         return tuple(networks)
-    side, dtype, versions = datasets[0].image_size, getattr(torch, data.token_dtype), 2 if data.augment else 1
-    black = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=next(model.parameters()).device)
+    dtype, versions = getattr(torch, data.token_dtype), augment.turns
+    black = torch.zeros(1, 3, *item_shape(datasets[0])[1:], dtype=torch.uint8, device=next(model.parameters()).device)
     shape = (
         len(datasets[0]) * versions + len(datasets[1] or ()),
         *Cached(networks[0], blocks, None).trunk(black).shape[1:],
@@ -139,6 +141,7 @@ def open_networks(
         return tuple(networks)
     cache = TokenCache(allocate(shape, dtype, folder))
     what = f"the tokens that leave {blocks} of {len(model.blocks)} blocks are kept"
+    also = f", in {versions} versions" if versions > 2 else ", mirrored too" * (versions > 1)
     where = f"a file in {folder}, as {limit}" if folder else "memory"
-    console.line(f"frozen blocks: {what}{', mirrored too' * (versions > 1)}: {size / 1e6:.0f} MB in {where}")
+    console.line(f"frozen blocks: {what}{also}: {size / 1e6:.0f} MB in {where}")
     return tuple(Cached(network, blocks, cache) if network else None for network in networks)

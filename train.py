@@ -23,12 +23,13 @@ from torch.distributions import Distribution
 
 import build
 import processes
+from augment import augmentation
 from checkpoint import Progress, restore, save_checkpoint
 from config import describe_keys, one_line
 from data_types import InputError
-from evaluation import evaluate, metrics_line
+from evaluation import draw_batch, evaluate, metrics_line
 from grpo import rollout, size_of, update_policy
-from images import BadImages, Loading, epoch_order, fingerprint, micro_batches, stream_batches
+from images import BadImages, Loading, fingerprint, micro_batches
 from report import Clock, Console, Log, count_dead_steps, log_interval, read_rows
 from scores import open_scores
 from token_cache import open_networks
@@ -70,8 +71,7 @@ def train(args: argparse.Namespace) -> int:
     data, _, training = build.sections(task.config)
     rewards, roll = build.load_rewards(task), build.rollout_settings(task.config)
     judge = build.open_judge(task, build.load_eval_rewards(task, rewards))
-    per_rank, rank = build.images_per_rank(training), processes.rank_and_world()[0]
-    settings = build.update_settings(task, per_rank)
+    settings = build.update_settings(task, build.images_per_rank(training))
 
     # Data and model. Each process checks them for itself; only then do the processes meet.
     train_set, eval_set, cache = build.open_data(task, state, console)
@@ -101,19 +101,11 @@ def train(args: argparse.Namespace) -> int:
     # Batches: the images of each step are a function of the step.
     bad_images = BadImages(len(train_set) + len(eval_set or ()), console.line)
     loading = Loading(data.num_workers, device.type == "cuda", data.on_bad_image, bad_images)
-    batches = stream_batches(
-        train_set,
-        partial(epoch_order, seed=training.seed, size=len(train_set)),
-        training.batch_size,
-        range(progress.step, training.steps),
-        loading,
-        cache=cache,
-        part=slice(rank * per_rank, (rank + 1) * per_rank),
-    )
+    batches = build.open_batches(task, train_set, range(progress.step, training.steps), loading, cache)
     eval_batches = build.open_eval_batches(eval_set, task, bad_images, keep=cache)
     build.check_evaluation(task, network, eval_batches, eval_set, judge)
     confusions = open_scores(rewards, train_set, progress.confusions)
-    mirror = task.mirror if data.augment else None
+    augment = augmentation(task)
 
     # Train: rollout -> reward -> update -> log -> evaluate -> save.
     build.check_writable(training)
@@ -126,9 +118,10 @@ def train(args: argparse.Namespace) -> int:
         policy = partial(task.policy, progress=step / training.steps)
         keep_graph = not settings.may_replay or progress.live_share >= REPLAY_BELOW  # else a second pass of the live
         key, batch_size = (training.seed, step), processes.sum_over_processes(size_of(batch))
+        parts = partial(micro_batches, batch, settings.micro_batch_size, key, augment)
         episodes = (
             rollout(network, part, rewards, policy, roll, key=(*key, place), keep_graph=keep_graph)
-            for place, part in micro_batches(batch, settings.micro_batch_size, key, mirror)
+            for place, part in parts()
         )
         metrics = update_policy(
             network, optimizer, episodes, policy, settings, batch_size=batch_size, reference=reference_network
@@ -153,6 +146,8 @@ def train(args: argparse.Namespace) -> int:
             progress.live_share = log_interval(log, console, clock, values, extra | {"step": done})
             if training.objective == "grpo":
                 progress.dead_steps = count_dead_steps(progress.dead_steps, values["groups/live"], console)
+        if done == 1:
+            log.add("image", "train/first_batch", partial(draw_batch, task, parts()), done)
         if eval_due:
             evaluation = evaluate(task, network, eval_batches, eval_set, control, judged := judge())
             eval_metrics = processes.from_rank_zero(lambda e=evaluation, j=judged: e.metrics() | j.metrics(), control)

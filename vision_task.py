@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution
 from torch.utils.data import Dataset
 
+from augment import turned
 from config import Key
 from data_types import InputError, TensorMiniBatch
 from evaluation import (
@@ -21,6 +22,7 @@ from evaluation import (
     predictive_entropy,
 )
 from folders import SUFFIXES, class_notes, find_classes, find_images, not_read_note, plain_name
+from frame import Frame
 from grpo import Reward, classification_policy_adapter, nll
 from images import ImageDataset, Prepared, draw_mirrored, mirror
 
@@ -86,6 +88,14 @@ class Task:
         """Half of the images left to right, drawn from torch's global generator, with all that has a place in them."""
         return replace(batch, inputs=mirror(batch.inputs, draw_mirrored(batch.inputs)))
 
+    def turn(self, batch: TensorMiniBatch, turns: Tensor) -> TensorMiniBatch:
+        """The images turned, see `augment.turned`, with all that has a place in them. turns: bool [B, 3]."""
+        return replace(batch, inputs=turned(batch.inputs, turns))
+
+    def show(self, batch: TensorMiniBatch, i: int) -> tuple[Tensor, list[str]]:
+        """Image i of a batch with its target drawn: uint8 [3, height, width], and the lines of text under it."""
+        return batch.inputs[i], [f"true {batch.targets[i].tolist()}"]
+
     def metrics(self, probs: Tensor, targets: Tensor) -> dict[str, float]:
         """Metrics of a whole data set: probabilities [n, E…, K], targets [n, E…]."""
         raise NotImplementedError
@@ -143,11 +153,11 @@ class VisionClassificationDataset(ImageDataset):
 
     root: the folder. classes: the class names whose order gives the ids; None takes the subdirectories of `root` (of
     the training folder, that is; an evaluation folder is given the training folder's), numbers in them by their value.
-    Item i is the decoded image, uint8 [3, image_size, image_size]. `targets` is [n] int64, `paths` the n file names.
+    Item i is the decoded image, uint8 [3, H, W]. `targets` is [n] int64, `paths` the n file names.
     Raises InputError where there is no folder, no class, no image in a class, or a class not in `classes`.
     """
 
-    def __init__(self, root: str, image_size: int, classes: list[str] | None = None):
+    def __init__(self, root: str, image_size: int | Frame, classes: list[str] | None = None):
         folders, not_read = find_classes(root, classes), Counter()
         self.root, self.image_size = root, image_size
         self.classes = list(folders) if classes is None else list(classes)
@@ -179,7 +189,7 @@ class Classification(Task):
     rewards = {"classification_reward": classification_reward}
 
     def open(self, root: str, classes: list[str] | None = None) -> VisionClassificationDataset:
-        dataset = VisionClassificationDataset(root, self.config["model"]["image_size"], classes)
+        dataset = VisionClassificationDataset(root, Frame.from_config(self.config), classes)
         if len(dataset.classes) < 2:
             raise InputError(f"{root}: only one class, {dataset.classes[0]}; there is nothing to tell it from")
         return dataset
@@ -189,6 +199,9 @@ class Classification(Task):
 
     def evaluation(self, dataset: Dataset) -> ClassEvaluation:
         return ClassEvaluation(self, dataset)
+
+    def show(self, batch: TensorMiniBatch, i: int) -> tuple[Tensor, list[str]]:
+        return batch.inputs[i], [f"true {batch.metadata['classes'][int(batch.targets[i])]}"]
 
     def caption(self, probs: Tensor, target: Tensor, classes: list[str]) -> list[str]:
         return [f"true {classes[int(target)]}", f"{classes[int(probs.argmax())]} ({float(probs.max()):.0%})"]

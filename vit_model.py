@@ -113,7 +113,7 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """A ViT classifier whose dropout masks are an argument.
 
-    image_size: height and width of the square input, a multiple of patch_size.
+    image_size: height and width of the input, or both in one number; multiples of patch_size.
     dense: the head reads each patch token (for masks and boxes) instead of the class token.
     dropout: probability of a zero in a mask. dropout_blocks: k puts dropout in the last k encoder blocks only, None
     everywhere (after the position embedding too), 0 on what the head reads and nowhere else.
@@ -126,7 +126,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(
         self,
-        image_size: int = 224,
+        image_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
         in_channels: int = 3,
         embed_dim: int = 384,
@@ -144,7 +144,8 @@ class VisionTransformer(nn.Module):
         norm_eps: float = 1e-6,
     ):
         super().__init__()
-        if image_size % patch_size:
+        sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if any(side % patch_size for side in sides):
             raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
@@ -160,15 +161,15 @@ class VisionTransformer(nn.Module):
         self.dense = dense
         self.activation_checkpointing = activation_checkpointing
         self.autocast_dtype = autocast_dtype
-        grid = image_size // patch_size
-        self.num_patches = grid**2
+        self.grid = rows, columns = sides[0] // patch_size, sides[1] // patch_size  # of patches
+        self.num_patches = rows * columns
 
         self.patch_embed = PatchEmbed(patch_size, in_channels, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         learned = positions == "learned"
         self.reg_token = nn.Parameter(torch.zeros(1, registers, embed_dim)) if registers else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid**2, embed_dim)) if learned else None  # [1, 1 + P, D]
-        self.register_buffer("rotary", None if learned else rotary_angles(grid, grid, embed_dim // num_heads), False)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.num_patches, embed_dim)) if learned else None
+        self.register_buffer("rotary", None if learned else rotary_angles(rows, columns, embed_dim // num_heads), False)
         blocks = (Block(f"blocks.{i}", embed_dim, num_heads, mlp_ratio, norm_eps) for i in range(depth))
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)

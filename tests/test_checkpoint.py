@@ -250,12 +250,17 @@ class Code:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "flipped", "code", "code in options", "pickled code"])
+KINDS = ["truncated", "cut", "empty", "text", "flipped", "code", "code in options", "pickled code"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files(tmp_path, kind):
     """One line, and no code was run."""
     path, code = tmp_path / "step_000001.pt", Code(tmp_path / "the code was run")
     data = save_checkpoint(state(1), tmp_path, best=False, keep=1).read_bytes()
     damage = {"truncated": data[: len(data) // 2], "empty": b"", "text": b"hi\nho", "flipped": b"\x80\x02" + data[2:]}
+    large = save_checkpoint(state(2) | {"more": torch.zeros(10000)}, tmp_path, best=False, keep=2).read_bytes()
+    damage["cut"] = large[: len(large) // 2]  # in one of this size it is a seek that fails
     damage["pickled code"] = pickle.dumps(state(1) | {"extra": code})
     if kind in damage:
         path.write_bytes(damage[kind])

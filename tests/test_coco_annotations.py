@@ -202,7 +202,7 @@ BROKEN = {  # changes, and how the one line ends that says what is wrong
     "image 7 (a.jpg): width and height should be whole numbers > 0, not 0, 16": row("images", 0, width=0),
     "should be whole numbers > 0, not 8.5, 16": row("images", 0, width=8.5),
     "should be whole numbers > 0, not True, 16": row("images", 0, width=True),
-    "a.jpg: the image has 8x16 pixels, annotations.json says 9x16; put the right": row("images", 0, width=9),
+    "a.jpg: the image has 8x16 pixels, annotations.json says 9x16; take the one": row("images", 0, width=9),
     "says 16x8; the sides are swapped: remove its EXIF": row("images", 0, width=16, height=8),
     "annotation 1: iscrowd 'maybe' should be 0 or 1": row("annotations", 0, iscrowd="Maybe"),
     "annotation 1: iscrowd 2 should be 0 or 1": row("annotations", 0, iscrowd=2),
@@ -254,6 +254,9 @@ def test_corners_for_sizes_are_noticed(tmp_path):
     corners = [{"image_id": 3, "category_id": 5, "bbox": [10 + i % 4, 6, 28, 14]} for i in range(20)]
     make(tmp_path, changed(lambda c: c.update(annotations=corners)))
     assert "20 boxes reach over the border: x0 y0 x1 y1? COCO's bbox is x, y, width, height" in message(read, tmp_path)
+    make(tmp_path, changed(lambda c: c.update(annotations=corners[:2])))  # too few to be sure
+    [note] = read(tmp_path).notes[:1]
+    assert note.endswith("clipped: 2; x0 y0 x1 y1? COCO's bbox is x, y, width, height")
 
 
 def test_an_unreadable_image_is_met_when_it_is_decoded_if_it_may_be_skipped(tmp_path):
@@ -307,7 +310,15 @@ def test_of_several_files_the_user_names_one(tmp_path):
         read(tmp_path)
 
 
-@pytest.mark.parametrize("file, whose", [("Annotations/a.xml", "PASCAL VOC"), ("labels/train/a.txt", "YOLO")])
+def test_the_folder_above_those_of_splits_names_them(tmp_path):
+    for name in ("train", "valid"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "_annotations.coco.json").touch()
+    expected = f"; there is one in {tmp_path}/train, {tmp_path}/valid: name that folder"
+    assert message(find_annotations, str(tmp_path)).endswith(expected)
+
+
+@pytest.mark.parametrize("file, whose", [("annotations/a.xml", "PASCAL VOC"), ("labels/train/a.txt", "YOLO")])
 def test_a_folder_in_another_format_is_refused_with_the_command(tmp_path, file, whose):
     root = tmp_path / "my photos"
     (root / file).parent.mkdir(parents=True)

@@ -58,6 +58,16 @@ def test_gains_are_as_good_as_the_best_threshold(name):
     assert after > before and after > best - 0.02
 
 
+def test_a_fit_that_gains_nothing_leaves_the_model_as_it_is():
+    """All are right by argmax, though by probabilities that a calibration would move."""
+    targets = torch.arange(3).repeat(20)
+    probs = torch.tensor([[0.4, 0.3, 0.3], [0.3, 0.4, 0.3], [0.3, 0.3, 0.4]])[targets]
+    found = deciding.fit(scores.macro_f1, probs, targets, None, tags=False)
+    expected = {"scale": [1.0], "bias": [[0.0] * 3], "gains": [torch.eye(3).tolist()], "score": (1.0, 1.0)}
+    assert found == expected
+    assert deciding.fit(None, probs, targets, None, tags=False)["scale"][0] > 2  # without a score it is calibrated
+
+
 def test_gains_of_tags_are_each_tags_own():
     first, y = draw(500, 2, 1.5)
     probs, targets = torch.stack([first, first.flip(1)], 1), torch.stack([y, 1 - y], 1)

@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from data_types import InputError
 from folders import SUFFIXES, class_notes, find_classes, find_images, not_read_note, refuse, upright_size
+from images import decode_image
 
 
 def touch(path) -> str:
@@ -40,15 +41,15 @@ def test_find_images_at_any_depth_with_any_case_of_suffix(tmp_path):
 
 def test_system_folders_are_left_alone_and_other_formats_counted(tmp_path):
     """Whatever the case of their names; those that look like images and are not read are said, with their number."""
-    for name in ("@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found", "#recycle"):
+    for name in ("@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found", "#snapshot"):
         touch(tmp_path / name / "a.png")
         touch(tmp_path / "deep" / name.lower() / "a.png")
     expected = [touch(tmp_path / "deep" / "a.png")]
-    for name in ("a.heic", "deep/B.HEIC", "c.jp2", ".d.heic", "notes.txt"):
+    for name in ("a.heic", "deep/B.HEIC", "c.pbm", ".d.heic", "notes.txt"):
         touch(tmp_path / name)
     not_read = Counter()
-    assert find_images(str(tmp_path), not_read) == expected and not_read == {".heic": 2, ".jp2": 1}
-    assert not_read_note(not_read) == [f"not read: 2 .heic, 1 .jp2 (the formats that are: {' '.join(SUFFIXES)})"]
+    assert find_images(str(tmp_path), not_read) == expected and not_read == {".heic": 2, ".pbm": 1}
+    assert not_read_note(not_read) == [f"not read: 2 .heic, 1 .pbm (the formats that are: {' '.join(SUFFIXES)})"]
     assert not_read_note(Counter()) == []
 
 
@@ -106,8 +107,14 @@ def test_classes_are_in_natural_order(tmp_path):
     "names, expected",
     [
         (["train", "val"], "it holds train, val, not classes; name one of them: {}/train"),
-        (["Train", "TEST"], "it holds TEST, Train, not classes; name one of them: {}/TEST"),
+        (["Train", "TEST"], "it holds TEST, Train, not classes; name one of them: {}/Train"),
+        (["test_set", "train_set"], "it holds test_set, train_set, not classes; name one of them: {}/train_set"),
+        (["train2017", "val2017"], "it holds train2017, val2017, not classes; name one of them: {}/train2017"),
         (["images", "masks"], "it holds images and masks, not classes; that is for task=segmentation"),
+        (["Image", "GT"], "it holds gt and image, not classes; that is for task=segmentation"),
+        (["imagesTr", "labelsTr"], "it holds imagestr and labelstr, not classes; that is for task=segmentation"),
+        (["gtFine", "leftImg8bit"], "it holds gtfine and leftimg8bit, not classes; that is for task=segmentation, as"),
+        (["ann_dir", "img_dir"], "it holds ann_dir and img_dir, not classes; that is for task=segmentation"),
         (
             ["images", "annotations.json"],
             "it holds annotations.json and images, not classes; that is for task=de",
@@ -171,6 +178,10 @@ def test_links_that_lead_above_a_folder_are_circles(tmp_path):
         (tmp_path / name).symlink_to(to)
     assert find_images(str(tmp_path / "a")) == [own] and find_images(str(tmp_path)) == [own, other]
     assert list(find_classes(str(tmp_path))) == ["a", "b"]
+    (tmp_path / "c").symlink_to("not mounted")  # a class would be gone
+    expected = f"{tmp_path}/c: a link to not mounted, where nothing is; correct or remove it"
+    assert message(find_classes, str(tmp_path)) == expected
+    (tmp_path / "c").unlink()
     (tmp_path / "c").symlink_to("a")
     expected = f"{tmp_path}/c: by a link it is the same folder as {tmp_path}/a; remove one of the two classes"
     assert message(find_classes, str(tmp_path)) == expected
@@ -194,3 +205,12 @@ def test_the_size_of_a_turned_png_takes_no_decoding(tmp_path, monkeypatch, place
     monkeypatch.setattr(PngImageFile, "load_prepare", lambda self: pytest.fail("the pixels were decoded"))
     if place != "behind the pixels":
         assert upright_size(str(path)) == (2, 3)
+
+
+def test_a_pipe_is_no_image_and_not_waited_for(tmp_path):
+    """Whatever it is called; neither its size nor its pixels."""
+    path = str(tmp_path / "a.png")
+    os.mkfifo(path)
+    for function, arguments in ((upright_size, ()), (decode_image, (8,))):
+        expected = f"{path}: not a readable image (not a regular file); repair or remove it"
+        assert message(function, path, *arguments) == expected

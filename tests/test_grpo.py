@@ -543,6 +543,23 @@ def test_a_right_choice_too_rare_for_float32_still_counts_under_maxrl(gap):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_choice_that_is_impossible_changes_nothing(estimator):
+    """A logit of -inf: its gradient is 0, the others' is that of a policy without the choice."""
+    logits = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.manual_seed(0))
+    rewards, gradients = torch.rand(2, 3, 4, dtype=torch.float64), []
+    for K in (4, 3):
+        given = logits.clone()
+        given[..., 3] = -torch.inf
+        given = given[..., :K].requires_grad_()
+        log_probs = choices.every_choice(classification_policy_adapter(given))[1]
+        advantages = choices.expected_advantages(rewards[..., :K], log_probs.detach(), estimator)
+        loss = grpo.clipped_loss(log_probs, log_probs.detach(), advantages, 0.2, 0.28)[0].sum(2).mean() / K
+        gradients.append(torch.autograd.grad(loss, given)[0])
+    assert (gradients[0][..., 3] == 0).all()
+    assert_close(gradients[0][..., :3], gradients[1])
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_equal_rewards_of_all_actions_are_dead(estimator):
     """Exactly, though weights sum to 1 but for rounding, which moves the mean; a negative one is maxrl's NaN."""
     log_weights = (torch.randn(3, 2, 7, generator=torch.manual_seed(0)) * 3).log_softmax(2)

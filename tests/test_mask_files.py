@@ -403,7 +403,11 @@ def test_classes_without_a_file_are_numbered(tmp_path):
     "text, classes, expected",
     [
         ("one\n", None, "it should name 2 to 254 different classes, one a line; found 1"),
-        ("a\nb\na\n", None, "it should name 2 to 254 different classes"),
+        ("a\nb\na\n", None, "it should name 2 to 254 different classes, one a line; found a twice"),
+        ("a #000\nb #f00\n", None, "a #000: a colour is written name #rrggbb, with six digits of base sixteen"),
+        ("a:0,0,0::\nb:255,0,0::\n", None, "a:0,0,0::: a colour is written name #rrggbb"),
+        ("a #000000ff\nb #ff0000ff\n", None, "a #000000ff: a colour is written name #rrggbb"),
+        ("a 0x000000\nb 0xff0000\n", None, "a 0x000000: a colour is written name #rrggbb"),
         ("a #000000\nb\n", None, "each class should have a colour of its own, name #rrggbb, or none a colour"),
         ("a #000000\nb #000000\n", None, "each class should have a colour of its own"),
         ("#000000 a\n#ffffff b\n", None, "#000000 a: a colour comes after its class's name: name #rrggbb"),
@@ -470,3 +474,17 @@ def test_what_is_not_read_is_said(tmp_path):
     (tmp_path / "images" / "0.png").touch()
     Image.new("L", (2, 1)).save(tmp_path / "masks" / "0.png")
     assert f"{root}/images/0.png: {root}/images/0.jpg has the same stem; remove one" in message(opened, root)
+
+
+def test_splits_in_the_folders_are_read_as_one_set_and_said(tmp_path):
+    """As MMSegmentation has them, whose folders' names are known."""
+    for split in ("train", "val"):
+        folder(tmp_path / split, [[[0, 1]]])
+        for old, new in (("images", "img_dir"), ("masks", "ann_dir")):
+            (tmp_path / new).mkdir(exist_ok=True)
+            (tmp_path / split / old).rename(tmp_path / new / split)
+    (tmp_path / "train" / "classes.txt").rename(tmp_path / "classes.txt")
+    dataset = opened(str(tmp_path))[0]
+    assert len(dataset) == 2 and targets(dataset)[0] == targets(dataset)[1]
+    note = "img_dir/: train, val are read as one set; to part them, give each its own images and masks"
+    assert note in dataset.notes

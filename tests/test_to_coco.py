@@ -23,7 +23,7 @@ OBJECT = """<object><name>{}</name><part><bndbox><xmin>1</xmin></bndbox></part><
 
 def pictures(folder: Path, names=SCENES) -> None:
     """The scenes' pictures; the first is stored lying."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     exif = Image.Exif()
     exif[274] = 6
     for name in names:
@@ -49,7 +49,7 @@ def write_coco(root: Path) -> None:
 def write_voc(root: Path, low: int = 1, images: str = "JPEGImages", xml: str = "Annotations") -> None:
     """low: what the first pixel is called."""
     pictures(root / images)
-    (root / xml).mkdir(exist_ok=True)
+    (root / xml).mkdir(parents=True, exist_ok=True)
     for name, (width, height, objects) in SCENES.items():
         rows = [OBJECT.format(label, int(hard), y1, x0 + low, y0 + low, x1) for label, x0, y0, x1, y1, hard in objects]
         size = f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
@@ -99,6 +99,25 @@ def test_the_three_formats_give_the_same_targets(tmp_path, capsys):
     assert torch.equal(others[0].targets, expected.targets) and torch.equal(others[0].counted, expected.counted)
     assert torch.allclose(others[1].targets[:2], expected.targets[:2], atol=1e-3)
     assert voc.crowd[2].tolist() == coco.crowd[2].tolist() == [True] and yolo.crowd[2].tolist() == [False]
+
+
+@pytest.mark.parametrize("xml", ["annotations", "annotations/xmls", "."])
+def test_where_voc_s_and_yolo_s_texts_lie(tmp_path, xml):
+    """Also as Oxford's pets and LabelImg have them; the targets are those of the usual layouts."""
+    usual, other = tmp_path / "usual", tmp_path / "other"
+    if xml == ".":
+        write_yolo(usual)
+        write_yolo(other, images=".", labels=".")
+    else:
+        write_voc(usual)
+        write_voc(other, images="images", xml=xml)
+    for root in (usual, other):
+        assert f"uv run tools/to_coco.py {root}" in message(DetectionDataset, str(root), 16, 4)
+        convert(root)
+    usual, other = (DetectionDataset(str(root), 16, 4) for root in (usual, other))
+    assert other.classes == usual.classes and sum(map(len, usual.boxes)) == 3
+    for x, y in zip(usual.boxes + usual.labels + usual.crowd, other.boxes + other.labels + other.crowd):
+        assert torch.equal(x, y)
 
 
 def test_voc_beside_its_images_counting_from_zero(tmp_path, capsys):

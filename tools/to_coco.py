@@ -6,10 +6,11 @@
 A folder with splits (VOC's ImageSets/Main/train.txt, YOLO's images/train or train/images) gets a file for each,
 annotations/instances_train.json and so on, which data.train_dir and data.eval_dir name instead of a folder.
 
-VOC: Annotations/*.xml with JPEGImages/, or both together. Coordinates count from 1, as VOC's own do, so 1 is subtracted
-from xmin and ymin, as detectron2 does; unless one in the folder is 0. `difficult` objects, which VOC's evaluation
-ignores, become crowds, which COCO's ignores. YOLO: labels/*.txt beside images/, with the names in data.yaml or
-classes.txt; polygons become their boxes, and an image without a text file has no objects, as for Ultralytics.
+VOC: Annotations/*.xml (or annotations/, annotations/xmls/) with JPEGImages/ or images/, or both together. Coordinates
+count from 1, as VOC's own do, so 1 is subtracted from xmin and ymin, as detectron2 does; unless one in the folder is 0.
+`difficult` objects, which VOC's evaluation ignores, become crowds, which COCO's ignores. YOLO: labels/*.txt beside
+images/, or the texts beside their images, with the names in data.yaml or classes.txt; polygons become their boxes, and
+an image without a text file has no objects, as for Ultralytics.
 """
 
 import argparse
@@ -92,7 +93,9 @@ def voc_objects(root: ElementTree.Element, findings: Findings) -> Objects:
 
 def read_voc(folder: Path, findings: Findings) -> tuple[list[str], dict[str, Record]]:
     """The classes, sorted, and stem -> record, of a folder in VOC's format."""
-    where, pictures = (part if (part := folder / name).is_dir() else folder for name in ("Annotations", "JPEGImages"))
+    files = ("Annotations", "annotations", "annotations/xmls", ".")
+    where = next(part for name in files if next((part := folder / name).glob("*.xml"), None))
+    pictures = part if (part := folder / "JPEGImages").is_dir() else folder
     by_stem, by_name = {}, {}
     for path in find_images(str(pictures)):
         by_stem.setdefault(same_name(Path(path).stem), []).append(path)
