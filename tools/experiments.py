@@ -338,14 +338,14 @@ def choose(runner: Runner, study: Study, stage: Stage, job: Callable) -> dict[tu
     runs are not all there."""
     metric = next(iter(stage.columns))
     prefix, sign = "" if study.retrain else "holdout/", -1 if metric == "cost" else 1
-    only = stage.only or {}
+    only, ways = stage.only or {}, (False, True) if study.scores else (False,)
     jobs = {
         (method, setting): [job(method, setting, seed, study.retrain) for seed in range(study.selection_seeds)]
         for method, setting in itertools.product(stage.methods, stage.settings)
         if method not in only
     }
     found = runner.run_all([run for runs in jobs.values() for run in runs])
-    best = {(method, False): only[method] for method in stage.methods if method in only}
+    best = {(method, by): only[method] for method in stage.methods if method in only for by in ways}
     for method in stage.methods:
         tried = {setting: [found[run] for run in runs] for (of, setting), runs in jobs.items() if of == method}
         if not tried:
@@ -354,7 +354,7 @@ def choose(runner: Runner, study: Study, stage: Stage, job: Callable) -> dict[tu
             later = study.seeds - (0 if study.retrain else study.selection_seeds)
             runner.left[study.name, stage.marker, method] = later * runner.minutes(study)
             continue
-        for by in (False, True) if study.scores else (False,):
+        for by in ways:
             key = prefix + metric  # boxes' mAP is the same as decided
             values = {
                 setting: [run.get(f"{key}, decided", run[key]) if by else run[key] for run in runs]

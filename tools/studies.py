@@ -139,10 +139,9 @@ def tuned_by_score(score: str, heading: str) -> Stage:
     """On the long-tailed digits: going on by the label, and by the score."""
     methods = {"label": LABEL, score: [f"rollout.reward={score}", "rollout.action=all"]}
     steps = {name: [*method, "training.steps=300"] for name, method in methods.items()}
-    settings = rates(1e-3, **SUBSET)
-    return Stage(
-        f"long-tail-{score}", steps, settings, {score: heading, "accuracy": "accuracy"}, start="label", paired="label"
-    )
+    settings, only = rates(1e-3, **SUBSET), dict.fromkeys(methods, "0.001 large")  # the label's choice from scratch
+    columns = {score: heading, "accuracy": "accuracy"}
+    return Stage(f"long-tail-{score}", steps, settings, columns, "label", only, paired="label")
 
 
 def masks(name: str, data: Callable, marker: str, common: tuple[str, ...] = (), minutes: float = 3) -> Study:
