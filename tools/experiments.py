@@ -466,9 +466,11 @@ def main() -> None:
     deadline = time.monotonic() + 60 * args.minutes
     runner = Runner(Figures(FIGURES), 0 if args.tables else args.jobs, deadline, args.data)
     for name in STUDIES if args.tables else [args.study]:
+        runner.left.clear()
         write_tables(STUDIES[name], compare(runner, STUDIES[name]))
-    if runner.left:
-        print(f"left: about {sum(runner.left.values()) / 60 / max(args.jobs, 1):.1f} hours; the same command goes on")
+        if runner.left:
+            hours = sum(runner.left.values()) / 60
+            print(f"{name}: about {hours:.1f} hours of runs are left; tools/experiments.py {name} goes on")
 
 
 if __name__ == "__main__":
