@@ -26,7 +26,7 @@ from evaluation import DenseEvaluation, predictive_entropy, to_picture, to_tenso
 from folders import plain_name, upright_size
 from frame import Crop, Frame, to_file, to_input
 from grpo import compute_advantages, nll
-from images import ImageDataset, draw_mirrored, mirror
+from images import ImageDataset, draw_mirrored
 from set_credit import THRESHOLDS, set_values
 from vision_task import Task
 
@@ -148,18 +148,21 @@ def right_actions(metadata: dict, frame: Frame) -> tuple[Tensor, Tensor]:
     `DetectionDataset.batch`."""
     objects, patch_size = [metadata[name] for name in ("boxes", "labels", "crowd")], metadata["patch_size"]
     targets, counted = encode(*objects, frame, patch_size, len(metadata["classes"]))
-    if frame.resize == "letterbox":
-        content = metadata["content"][:, None]
-        grid = frame.height // patch_size, frame.width // patch_size
-        centres = patch_centres(*grid, content.device) * patch_size
-        counted = counted & ((centres >= content[..., :2]) & (centres <= content[..., 2:])).all(-1)[:, None]
-    return targets, counted
+    seen = within(metadata["content"], frame.width // patch_size, patch_size, counted.shape[-1])
+    return targets, counted & seen[:, None]
 
 
 def patch_centres(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
     """x, y of the centres of patches, row by row, in patches: [P, 2]."""
     x, y = (torch.arange(n, device=device) + 0.5 for n in (columns, rows))
     return torch.stack([x.repeat(rows), y.repeat_interleave(columns)], -1)
+
+
+def within(content: Tensor, columns: int, patch_size: int, num_patches: int) -> Tensor:
+    """Which patches have their centre in the rectangles `content` [B, 4], bool [B, P]. The others are padding: nothing
+    is learned of them, so they find nothing either."""
+    centres = patch_centres(num_patches // columns, columns, content.device) * patch_size
+    return ((centres >= content[:, None, :2]) & (centres <= content[:, None, 2:])).all(-1)
 
 
 def pack(labels: Tensor, boxes: Tensor) -> Tensor:
@@ -333,13 +336,17 @@ def nms(boxes: Tensor, labels: Tensor, iou_threshold: float) -> Tensor:
 def match_sets(actions: Tensor, probs: Tensor, metadata: dict, iou_threshold: float = 0.5) -> tuple[Tensor, ...]:
     """Class-wise NMS of what each action decodes to, then matching with the image's objects, the best score first:
     hits, detections and objects, counts [B · T · A] each. A detection of which more than half lies in a crowd of its
-    class is not counted unless it is a hit.
+    class is not counted unless it is a hit; one of a patch in the padding never is.
 
     actions: [B, T, A, 2, P, 4]; probs: of the classes [B, T, P, K + 1]; metadata: see `DetectionDataset.batch`.
     """
     classes = actions[..., 0, :, 0].long()  # [B, T, A, P]
     scores = probs[:, :, None].expand(*classes.shape, -1).gather(-1, classes[..., None])[..., 0].flatten(0, 2)
-    labels = torch.where(classes == probs.shape[-1] - 1, -1, classes).flatten(0, 2)  # -1: background, no detection
+    labels = torch.where(classes == probs.shape[-1] - 1, -1, classes)  # -1: background, no detection
+    if (content := metadata.get("content")) is not None:
+        seen = within(content, metadata["columns"], metadata["patch_size"], labels.shape[-1])
+        labels = torch.where(seen[:, None, None], labels, -1)
+    labels = labels.flatten(0, 2)
     order = scores.masked_fill(labels < 0, -1).argsort(dim=-1, descending=True, stable=True)
     boxes = decode_boxes(actions[..., 1, :, :], metadata["patch_size"], metadata.get("columns")).flatten(0, 2)
     boxes, labels = boxes.gather(1, order[..., None].expand(-1, -1, 4)), labels.gather(1, order)  # [S, P, 4], [S, P]
@@ -366,13 +373,15 @@ def decode(probs: Tensor, raw: Tensor, config: dict, content: Tensor | None = No
     """Detections of each image, best first: {"boxes": [n, 4] x0 y0 x1 y1 in pixels of the input, "scores": [n],
     "labels": [n]}. probs: [B, P, K + 1]; raw: boxes [B, P, 4]; content: the rectangles that the images fill of the
     input, at which boxes are cut, [B, 4]; None: the whole; on the CPU. Every class of a patch whose probability is
-    at least detection.score_threshold is a candidate; then class-wise NMS at detection.nms_iou."""
+    at least detection.score_threshold is a candidate, but none of a patch in the padding; then class-wise NMS at
+    detection.nms_iou."""
     frame, patch_size = Frame.from_config(config), config["model"]["patch_size"]
     content = torch.tensor([frame.bounds], dtype=raw.dtype) if content is None else content
     low, high = content[:, None, [0, 1, 0, 1]], content[:, None, [2, 3, 2, 3]]
     num_classes = probs.shape[-1] - 1
     scores = probs[..., :-1].flatten(1)  # [B, P · K]
-    candidate = scores >= config["detection"]["score_threshold"]
+    seen = within(content, frame.width // patch_size, patch_size, probs.shape[1])
+    candidate = (scores >= config["detection"]["score_threshold"]) & seen.repeat_interleave(num_classes, 1)
     order = scores.masked_fill(~candidate, -1).argsort(dim=-1, descending=True, stable=True)
     order = order[:, : int(candidate.sum(1).max())]
     scores, candidate = scores.gather(1, order), candidate.gather(1, order)
@@ -549,17 +558,7 @@ class Detection(Task):
         return nll(policy, targets) if log_prob else cross_entropy_iou_loss(policy, targets)
 
     def mirror(self, batch: TensorMiniBatch) -> TensorMiniBatch:
-        chosen = draw_mirrored(batch.inputs)
-        places = torch.arange(batch.targets.shape[2], device=chosen.device)
-        places = places.view(-1, batch.metadata["columns"]).flip(1).flatten()
-        targets, counted = batch.targets[:, :, places], batch.counted[:, :, places]
-        targets[:, 1, :, 0].neg_()  # dx
-        targets = torch.where(chosen[:, None, None, None], targets, batch.targets)
-        counted = torch.where(chosen[:, None, None], counted, batch.counted)
-        boxes, width = batch.metadata["boxes"], batch.inputs.shape[-1]
-        mirrored = torch.stack([width - boxes[..., 2], boxes[..., 1], width - boxes[..., 0], boxes[..., 3]], -1)
-        boxes = torch.where(chosen[:, None, None], mirrored, boxes)
-        return TensorMiniBatch(mirror(batch.inputs, chosen), targets, batch.metadata | {"boxes": boxes}, counted)
+        return self.turn(batch, F.pad(draw_mirrored(batch.inputs)[:, None], (1, 1)))
 
     def turn(self, batch: TensorMiniBatch, turns: Tensor) -> TensorMiniBatch:
         """Patches change places, and their targets turn about their centres, so that just as many count."""
