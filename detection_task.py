@@ -159,10 +159,11 @@ def patch_centres(rows: int, columns: int, device: torch.device | None = None) -
 
 
 def within(content: Tensor, columns: int, patch_size: int, num_patches: int) -> Tensor:
-    """Which patches have their centre in the rectangles `content` [B, 4], bool [B, P]. The others are padding: nothing
-    is learned of them, so they find nothing either."""
+    """Which patches have their centre in the rectangles `content` [B, 4], or hold the middle of a thinner one: bool
+    [B, P]. The others are padding: nothing is learned of them, so they find nothing either."""
     centres = patch_centres(num_patches // columns, columns, content.device) * patch_size
-    return ((centres >= content[:, None, :2]) & (centres <= content[:, None, 2:])).all(-1)
+    low, high = content[:, None].split(2, -1)  # [B, 1, 2]
+    return ((centres - (low + high) / 2).abs() <= ((high - low) / 2).clamp(min=patch_size / 2)).all(-1)
 
 
 def pack(labels: Tensor, boxes: Tensor) -> Tensor:
@@ -587,10 +588,13 @@ class Detection(Task):
     def describe(self, outputs: Tensor, path: str, classes: list[str]) -> tuple[dict, int]:
         """The detections, best first, their boxes x0 y0 x1 y1 in pixels of the image file; and the file's width.
         outputs: [T, P, K + 1 + 4]."""
-        policy = self.policy(outputs)
+        policy, patch_size = self.policy(outputs), self.config["model"]["patch_size"]
         probs, raw = policy.classes.probs.mean(0, keepdim=True), policy.boxes.mean.mean(0, keepdim=True)
-        placement = Frame.from_config(self.config).place(size := upright_size(path))
-        found = decode(probs, raw, self.config, torch.tensor([placement.content], dtype=raw.dtype))[0]
+        frame = Frame.from_config(self.config)
+        placement = frame.place(size := upright_size(path))
+        content = torch.tensor([placement.content], dtype=raw.dtype)
+        seen = within(content, frame.width // patch_size, patch_size, outputs.shape[1])[0]
+        found = decode(probs, raw, self.config, content)[0]
         in_file = to_file(found["boxes"].double(), torch.tensor(placement.affine(), dtype=torch.float64))
         boxes = [
             {"class": classes[label], "score": score, "box": box}
@@ -598,7 +602,7 @@ class Detection(Task):
         ]
         if self.thresholds is not None:
             boxes = [box for box in boxes if box["score"] >= self.thresholds.get(box["class"], SHOWN_SCORE)]
-        return {"boxes": boxes}, size[0]
+        return {"boxes": boxes} | self.uncertainty(outputs[:, seen]), size[0]
 
     def shown(self, record: dict) -> list[dict]:
         """The boxes for words and pictures: those that were decided on, or of a score of at least 0.5."""

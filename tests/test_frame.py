@@ -142,6 +142,31 @@ def test_patches_in_the_padding_find_nothing(tmp_path):
     assert reward.tolist() == [[[pytest.approx(2 / 33)]]]
 
 
+@pytest.mark.parametrize("size", [(640, 16), (16, 640)])
+def test_a_thin_letterboxed_image_still_has_patches(tmp_path, size):
+    """One pixel of 32, which is no patch's centre: those that hold its middle count."""
+    coco(tmp_path, size, [[0, 0, 16, 16]])
+    batch = DetectionDataset(str(tmp_path), Frame(32, 32, "letterbox"), 4).batch(
+        torch.tensor([0]), torch.zeros(1, 3, 32, 32)
+    )
+    rows = batch.counted[0, 0].view(8, 8)
+    assert (rows if size[0] > size[1] else rows.T).all(1).tolist() == [False] * 3 + [True] + [False] * 4
+
+
+@pytest.mark.parametrize("name", ["segmentation", "detection"])
+def test_uncertainty_is_that_of_the_image_not_of_the_padding(tmp_path, name):
+    """The network is sure of the image, the middle half, and in doubt above and below it."""
+    Image.new("RGB", (64, 32)).save(tmp_path / "a.png")
+    keys = {"task": name, "model.image_size": 32, "model.patch_size": 8, "data.resize": "letterbox"}
+    task = configure(("x", keys))[1]
+    shape = (2, 32, 32, 2) if name == "segmentation" else (2, 4, 4, 2 + 4)
+    outputs = torch.zeros(shape)
+    outputs[:, shape[1] // 4 : 3 * shape[1] // 4, :, 0] = 50
+    outputs = outputs if name == "segmentation" else outputs.flatten(1, 2)
+    record, _ = task.describe(outputs, str(tmp_path / "a.png"), ["a", "b"])
+    assert record["predictive_entropy"] < 1e-6 and task.uncertainty(outputs)["predictive_entropy"] > 0.3
+
+
 def test_what_is_left_of_a_box():
     """A quarter, with the centre inside, is enough; a crowd is only cut."""
     boxes = torch.tensor([[-4.0, 0, 4, 4], [-4.1, 0, 4, 4], [-3, -3, 5, 5], [-7, 0, 1, 4], [9, 9, 10, 10]])[None]
