@@ -148,12 +148,15 @@ def right_actions(metadata: dict, frame: Frame) -> tuple[Tensor, Tensor]:
     `DetectionDataset.batch`."""
     objects, patch_size = [metadata[name] for name in ("boxes", "labels", "crowd")], metadata["patch_size"]
     targets, counted = encode(*objects, frame, patch_size, len(metadata["classes"]))
-    if frame.resize == "letterbox":
-        content = metadata["content"][:, None]
-        grid = frame.height // patch_size, frame.width // patch_size
-        centres = patch_centres(*grid, content.device) * patch_size
-        counted = counted & ((centres >= content[..., :2]) & (centres <= content[..., 2:])).all(-1)[:, None]
-    return targets, counted
+    inside = in_content(metadata["content"], patch_size, counted.shape[-1], metadata["columns"])
+    return targets, counted & inside[:, None]
+
+
+def in_content(content: Tensor, patch_size: int, patches: int, columns: int) -> Tensor:
+    """Whether the centres of P patches lie in the rectangles `content` [B, 4], and not in padding: bool [B, P]. What
+    the others predict was never trained, so it is no detection."""
+    centres = patch_centres(patches // columns, columns, content.device) * patch_size
+    return ((centres >= content[:, None, :2]) & (centres <= content[:, None, 2:])).all(-1)
 
 
 def patch_centres(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
@@ -339,7 +342,11 @@ def match_sets(actions: Tensor, probs: Tensor, metadata: dict, iou_threshold: fl
     """
     classes = actions[..., 0, :, 0].long()  # [B, T, A, P]
     scores = probs[:, :, None].expand(*classes.shape, -1).gather(-1, classes[..., None])[..., 0].flatten(0, 2)
-    labels = torch.where(classes == probs.shape[-1] - 1, -1, classes).flatten(0, 2)  # -1: background, no detection
+    none = classes == probs.shape[-1] - 1
+    if (content := metadata.get("content")) is not None:
+        inside = in_content(content, metadata["patch_size"], classes.shape[-1], metadata["columns"])
+        none = none | ~inside[:, None, None]
+    labels = torch.where(none, -1, classes).flatten(0, 2)  # -1: background, no detection
     order = scores.masked_fill(labels < 0, -1).argsort(dim=-1, descending=True, stable=True)
     boxes = decode_boxes(actions[..., 1, :, :], metadata["patch_size"], metadata.get("columns")).flatten(0, 2)
     boxes, labels = boxes.gather(1, order[..., None].expand(-1, -1, 4)), labels.gather(1, order)  # [S, P, 4], [S, P]
@@ -373,6 +380,8 @@ def decode(probs: Tensor, raw: Tensor, config: dict, content: Tensor | None = No
     num_classes = probs.shape[-1] - 1
     scores = probs[..., :-1].flatten(1)  # [B, P · K]
     candidate = scores >= config["detection"]["score_threshold"]
+    inside = in_content(content, patch_size, raw.shape[1], frame.width // patch_size)
+    candidate &= inside.repeat_interleave(num_classes, 1)
     order = scores.masked_fill(~candidate, -1).argsort(dim=-1, descending=True, stable=True)
     order = order[:, : int(candidate.sum(1).max())]
     scores, candidate = scores.gather(1, order), candidate.gather(1, order)
@@ -464,7 +473,8 @@ class BoxEvaluation(DenseEvaluation):
             return [self.draw_objects(batch.inputs[i], objects) for objects in (truths[i], sure)]
 
         grid = -1, batch.metadata["columns"]
-        self.keep(predictive_entropy(mean).mean(-1), passes.classes.probs.unflatten(2, grid), draw_parts)
+        inside = in_content(batch.metadata["content"], data.patch_size, mean.shape[1], grid[1])
+        self.keep((predictive_entropy(mean) * inside).mean(-1), passes.classes.probs.unflatten(2, grid), draw_parts)
 
     def draw_objects(self, image: Tensor, objects: dict[str, Tensor]) -> Tensor:
         """image: uint8 [3, H, W] with the boxes of truth or detections, BOX_PIXELS high."""

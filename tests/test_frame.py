@@ -121,6 +121,8 @@ def test_boxes_of_a_letterboxed_and_of_a_cropped_image(tmp_path):
     probs, raw = torch.tensor([[[0.9, 0.1]]]).expand(1, 4, 2), torch.tensor([0, 0, 9.0, 9.0]).expand(1, 4, 4)
     [found] = decode(probs, raw, config, torch.tensor([[0.0, 8, 32, 24]]))
     assert found["boxes"].tolist() == [[0, 8, 32, 24]]
+    [found] = decode(probs, raw, config, torch.tensor([[0.0, 9, 32, 23]]))  # all centres are at y 8 or 24: padding
+    assert not len(found["boxes"])
 
 
 def test_what_is_left_of_a_box():
