@@ -148,22 +148,22 @@ def right_actions(metadata: dict, frame: Frame) -> tuple[Tensor, Tensor]:
     `DetectionDataset.batch`."""
     objects, patch_size = [metadata[name] for name in ("boxes", "labels", "crowd")], metadata["patch_size"]
     targets, counted = encode(*objects, frame, patch_size, len(metadata["classes"]))
-    seen = within(metadata["content"], frame.width // patch_size, patch_size, counted.shape[-1])
-    return targets, counted & seen[:, None]
+    inside = in_content(metadata["content"], patch_size, counted.shape[-1], metadata["columns"])
+    return targets, counted & inside[:, None]
+
+
+def in_content(content: Tensor, patch_size: int, patches: int, columns: int) -> Tensor:
+    """Whether the centres of P patches lie in the rectangles `content` [B, 4], and not in padding, or the patches hold
+    the middle of a thinner one: bool [B, P]. What the others predict was never trained, so it is no detection."""
+    centres = patch_centres(patches // columns, columns, content.device) * patch_size
+    low, high = content[:, None].split(2, -1)  # [B, 1, 2]
+    return ((centres - (low + high) / 2).abs() <= ((high - low) / 2).clamp(min=patch_size / 2)).all(-1)
 
 
 def patch_centres(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
     """x, y of the centres of patches, row by row, in patches: [P, 2]."""
     x, y = (torch.arange(n, device=device) + 0.5 for n in (columns, rows))
     return torch.stack([x.repeat(rows), y.repeat_interleave(columns)], -1)
-
-
-def within(content: Tensor, columns: int, patch_size: int, num_patches: int) -> Tensor:
-    """Which patches have their centre in the rectangles `content` [B, 4], or hold the middle of a thinner one: bool
-    [B, P]. The others are padding: nothing is learned of them, so they find nothing either."""
-    centres = patch_centres(num_patches // columns, columns, content.device) * patch_size
-    low, high = content[:, None].split(2, -1)  # [B, 1, 2]
-    return ((centres - (low + high) / 2).abs() <= ((high - low) / 2).clamp(min=patch_size / 2)).all(-1)
 
 
 def pack(labels: Tensor, boxes: Tensor) -> Tensor:
@@ -337,17 +337,17 @@ def nms(boxes: Tensor, labels: Tensor, iou_threshold: float) -> Tensor:
 def match_sets(actions: Tensor, probs: Tensor, metadata: dict, iou_threshold: float = 0.5) -> tuple[Tensor, ...]:
     """Class-wise NMS of what each action decodes to, then matching with the image's objects, the best score first:
     hits, detections and objects, counts [B · T · A] each. A detection of which more than half lies in a crowd of its
-    class is not counted unless it is a hit; one of a patch in the padding never is.
+    class is not counted unless it is a hit.
 
     actions: [B, T, A, 2, P, 4]; probs: of the classes [B, T, P, K + 1]; metadata: see `DetectionDataset.batch`.
     """
     classes = actions[..., 0, :, 0].long()  # [B, T, A, P]
     scores = probs[:, :, None].expand(*classes.shape, -1).gather(-1, classes[..., None])[..., 0].flatten(0, 2)
-    labels = torch.where(classes == probs.shape[-1] - 1, -1, classes)  # -1: background, no detection
+    none = classes == probs.shape[-1] - 1
     if (content := metadata.get("content")) is not None:
-        seen = within(content, metadata["columns"], metadata["patch_size"], labels.shape[-1])
-        labels = torch.where(seen[:, None, None], labels, -1)
-    labels = labels.flatten(0, 2)
+        inside = in_content(content, metadata["patch_size"], classes.shape[-1], metadata["columns"])
+        none = none | ~inside[:, None, None]
+    labels = torch.where(none, -1, classes).flatten(0, 2)  # -1: background, no detection
     order = scores.masked_fill(labels < 0, -1).argsort(dim=-1, descending=True, stable=True)
     boxes = decode_boxes(actions[..., 1, :, :], metadata["patch_size"], metadata.get("columns")).flatten(0, 2)
     boxes, labels = boxes.gather(1, order[..., None].expand(-1, -1, 4)), labels.gather(1, order)  # [S, P, 4], [S, P]
@@ -374,15 +374,15 @@ def decode(probs: Tensor, raw: Tensor, config: dict, content: Tensor | None = No
     """Detections of each image, best first: {"boxes": [n, 4] x0 y0 x1 y1 in pixels of the input, "scores": [n],
     "labels": [n]}. probs: [B, P, K + 1]; raw: boxes [B, P, 4]; content: the rectangles that the images fill of the
     input, at which boxes are cut, [B, 4]; None: the whole; on the CPU. Every class of a patch whose probability is
-    at least detection.score_threshold is a candidate, but none of a patch in the padding; then class-wise NMS at
-    detection.nms_iou."""
+    at least detection.score_threshold is a candidate; then class-wise NMS at detection.nms_iou."""
     frame, patch_size = Frame.from_config(config), config["model"]["patch_size"]
     content = torch.tensor([frame.bounds], dtype=raw.dtype) if content is None else content
     low, high = content[:, None, [0, 1, 0, 1]], content[:, None, [2, 3, 2, 3]]
     num_classes = probs.shape[-1] - 1
     scores = probs[..., :-1].flatten(1)  # [B, P · K]
-    seen = within(content, frame.width // patch_size, patch_size, probs.shape[1])
-    candidate = (scores >= config["detection"]["score_threshold"]) & seen.repeat_interleave(num_classes, 1)
+    candidate = scores >= config["detection"]["score_threshold"]
+    inside = in_content(content, patch_size, raw.shape[1], frame.width // patch_size)
+    candidate &= inside.repeat_interleave(num_classes, 1)
     order = scores.masked_fill(~candidate, -1).argsort(dim=-1, descending=True, stable=True)
     order = order[:, : int(candidate.sum(1).max())]
     scores, candidate = scores.gather(1, order), candidate.gather(1, order)
@@ -474,7 +474,8 @@ class BoxEvaluation(DenseEvaluation):
             return [self.draw_objects(batch.inputs[i], objects) for objects in (truths[i], sure)]
 
         grid = -1, batch.metadata["columns"]
-        self.keep(predictive_entropy(mean).mean(-1), passes.classes.probs.unflatten(2, grid), draw_parts)
+        inside = in_content(batch.metadata["content"], data.patch_size, mean.shape[1], grid[1])
+        self.keep((predictive_entropy(mean) * inside).mean(-1), passes.classes.probs.unflatten(2, grid), draw_parts)
 
     def draw_objects(self, image: Tensor, objects: dict[str, Tensor]) -> Tensor:
         """image: uint8 [3, H, W] with the boxes of truth or detections, BOX_PIXELS high."""
@@ -588,12 +589,15 @@ class Detection(Task):
     def describe(self, outputs: Tensor, path: str, classes: list[str]) -> tuple[dict, int]:
         """The detections, best first, their boxes x0 y0 x1 y1 in pixels of the image file; and the file's width.
         outputs: [T, P, K + 1 + 4]."""
-        policy, patch_size = self.policy(outputs), self.config["model"]["patch_size"]
+        policy, patch_size, frame = (
+            self.policy(outputs),
+            self.config["model"]["patch_size"],
+            Frame.from_config(self.config),
+        )
         probs, raw = policy.classes.probs.mean(0, keepdim=True), policy.boxes.mean.mean(0, keepdim=True)
-        frame = Frame.from_config(self.config)
         placement = frame.place(size := upright_size(path))
         content = torch.tensor([placement.content], dtype=raw.dtype)
-        seen = within(content, frame.width // patch_size, patch_size, outputs.shape[1])[0]
+        inside = in_content(content, patch_size, raw.shape[1], frame.width // patch_size)[0]
         found = decode(probs, raw, self.config, content)[0]
         in_file = to_file(found["boxes"].double(), torch.tensor(placement.affine(), dtype=torch.float64))
         boxes = [
@@ -602,7 +606,7 @@ class Detection(Task):
         ]
         if self.thresholds is not None:
             boxes = [box for box in boxes if box["score"] >= self.thresholds.get(box["class"], SHOWN_SCORE)]
-        return {"boxes": boxes} | self.uncertainty(outputs[:, seen]), size[0]
+        return {"boxes": boxes} | self.uncertainty(outputs[:, inside]), size[0]
 
     def shown(self, record: dict) -> list[dict]:
         """The boxes for words and pictures: those that were decided on, or of a score of at least 0.5."""
