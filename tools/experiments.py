@@ -1,13 +1,15 @@
-"""Compares what learns, over seeds, on the bundled digits and on the scenes made of them.
+"""Compares what learns, over seeds; the studies are those of studies.py.
 
-    uv run tools/experiments.py                # the digits: about half an hour on 2 cores
-    uv run tools/experiments.py segmentation   # masks, after uv run data/make_scenes.py: about twenty minutes
-    uv run tools/experiments.py detection      # boxes, after the same: an hour and a half
+    uv run tools/experiments.py                   # the digits
+    uv run tools/experiments.py boxes             # after uv run data/make_scenes.py
+    uv run tools/experiments.py --minutes 60      # as far as an hour goes; the same command goes on
+    uv run tools/experiments.py --tables          # the tables of all studies again, without a run
 
-Every run is `train.py` with the task's shipped config and overrides: same model, T, dropout and steps for all. The
-learning rate of each method is chosen from one grid on a hold-out of the training set (every fifth image); metrics are
-those of the last step. What is done already is not run again. Writes the results into docs/results.md, between its
-markers, and for the digits assets/learning_curves.png.
+Every run is `train.py` with the study's shipped config and overrides: same model, T, dropout and steps for all, one
+thread. The settings of each method are chosen from one list on a hold-out of the training set, every fifth image, never
+on the evaluation set. The figures of finished runs are kept in docs/figures.json: such a run is not run again, and one
+that was stopped goes on. The tables of docs/results.md and for the digits assets/learning_curves.png are made of the
+figures alone. Times are CPU seconds of training steps, without evaluations.
 """
 
 import argparse
@@ -15,115 +17,44 @@ import itertools
 import json
 import math
 import os
-import shutil
+import platform
+import re
+import signal
 import statistics
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(HOME), str(HOME / "examples")]
+sys.path[:0] = [str(HOME), str(HOME / "examples"), str(HOME / "tools")]
 
+import numpy as np
 import torch
 from cheque_reward import cheque_cost
+from studies import ROOT, STUDIES, Parts, Stage, Study
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import predict
 from build import build_model, configure
 from checkpoint import load_checkpoint
-from config import flatten, read_yaml
+from config import flatten
+from detection_task import mean_f1
 from evaluation import evaluate, load_pyplot
-from images import ordered_batches
+from images import BadImages, ordered_batches
+from scores import RewardEvaluation
 
-RESULTS = HOME / "docs" / "results.md"
-ROOT = Path("experiments")
-Methods = dict[str, list[str]]  # name -> the overrides of the config that make it
+RESULTS, FIGURES = HOME / "docs" / "results.md", HOME / "docs" / "figures.json"
+LEVEL = 0.95  # the accuracy to which the time is told
+# train.py with a clock that counts the process's CPU seconds: others on the machine change them less
+TRAIN = "import runpy, time; time.perf_counter = time.process_time; runpy.run_path('train.py', run_name='__main__')"
 
-
-@dataclass(frozen=True)
-class Study:
-    """Methods from scratch, and what tunes the checkpoint that `start`, one of them, leaves, over seeds. columns: of a
-    table, metric -> heading; the first metric chooses the learning rates."""
-
-    name: str  # the config is config_NAME.yaml
-    seeds: int
-    selection_seeds: int
-    eval_interval: int
-    rates: tuple[float, ...]
-    tuning_rates: tuple[float, ...]
-    tuning_steps: int
-    start: str
-    methods: Methods
-    tuning: Methods
-    columns: dict[str, str]
-    tuning_columns: dict[str, str]
-    markers: tuple[str, str]  # the tables' places in docs/results.md
-
-
-LABEL = ["training.objective=supervised"]
-NO_BONUS = "training.entropy_coef=0"
-CHEQUE = "examples/cheque_reward.py:cheque_reward"
-MASKS = {"mean_iou": "mean IoU", "iou/digit": "IoU of the digits", "pixel_accuracy": "pixel accuracy"}
-BOXES = {"map": "mAP@[.5:.95]", "ap50": "AP50", "ap75": "AP75", "f1": "F1@0.5"}
-STUDIES = {
-    "digits": Study(
-        "digits", 5, 2, 25, (5e-4, 1e-3, 2e-3), (5e-4, 1e-3, 2e-3), 500, "supervised",
-        methods={"supervised": LABEL}
-        | {name: [f"rollout.advantage={name}"] for name in ("grpo", "rloo", "maxrl")}
-        | {"argmax": ["rollout.action=argmax", "rollout.advantage=grpo"]},
-        tuning={
-            "label": LABEL,
-            "cost": [f"rollout.reward={CHEQUE}", "rollout.advantage=rloo", "training.entropy_coef=0.03"],
-        },
-        columns={"accuracy": "eval accuracy", "nll": "NLL", "ece": "ECE"},
-        tuning_columns={"cost": "mean cost", "accuracy": "eval accuracy"}, markers=("results", "cost"),
-    ),
-    "segmentation": Study(
-        "segmentation", 3, 1, 100, (2e-3, 4e-3, 8e-3), (1e-3, 2e-3, 4e-3), 300, "supervised",
-        methods={"supervised": [*LABEL, NO_BONUS], "mask_iou_credit": []},
-        tuning={
-            "label": [*LABEL, NO_BONUS],
-            "mask_iou_credit": [],
-            "mask_iou_credit+pixel_reward": ["rollout.reward={mask_iou_credit: 0.3, pixel_reward: 1}", NO_BONUS],
-        },
-        columns=MASKS, tuning_columns=MASKS, markers=("masks", "masks-tuned"),
-    ),
-    "detection": Study(
-        "detection", 3, 1, 500, (2e-3, 4e-3, 8e-3), (1e-3, 2e-3, 4e-3), 500, "supervised-log_prob",
-        methods={
-            "supervised-log_prob": [*LABEL, NO_BONUS, "detection.supervised_loss=log_prob"],
-            "supervised-iou": [*LABEL, NO_BONUS, "detection.supervised_loss=iou"],
-            "supervised-iou-entropy": LABEL,  # with the reward's entropy bonus
-            "detection_reward": [],
-        },
-        tuning={  # box_std=0.1 makes the label worse: mAP 0.43 for 0.45 on the hold-out
-            "label": [*LABEL, NO_BONUS, "detection.supervised_loss=log_prob"],
-            "detection_reward": ["detection.box_std=0.1"],  # as narrow as at the end of the run it goes on from
-        },
-        columns=BOXES, tuning_columns=BOXES, markers=("boxes", "boxes-tuned"),
-    ),
-}  # fmt: skip
-
-
-def hold_out(train_dir: Path) -> list[str]:
-    """The training folder split once more, every fifth image (of a class) to evaluate on; the overrides that use it."""
-    parts = [ROOT / f"holdout_{'_'.join(train_dir.parts)}_{part}" for part in ("train", "eval")]
-    for held, part in enumerate(parts):
-
-        def others(folder: str, names: list[str], held: int = held) -> list[str]:
-            below = Path(folder) != train_dir
-            return [name for i, name in enumerate(sorted(names)) if below and (i % 5 == 0) != held]
-
-        shutil.copytree(train_dir, part, ignore=others, dirs_exist_ok=True)
-        annotations = part / "annotations.json"
-        if annotations.exists():
-            coco = json.loads(annotations.read_text())
-            images = [row for row in coco["images"] if (part / "images" / row["file_name"]).exists()]
-            kept = {row["id"] for row in images}
-            rows = [row for row in coco["annotations"] if row["image_id"] in kept]
-            annotations.write_text(json.dumps(coco | {"images": images, "annotations": rows}))
-    return [f"data.train_dir={parts[0]}", f"data.eval_dir={parts[1]}"]
+# --- The figures of runs ----------------------------------------------------------------------------------------------
 
 
 def mean_cost(checkpoint: Path) -> float:
@@ -137,105 +68,363 @@ def mean_cost(checkpoint: Path) -> float:
     return float(cheque_cost(deterministic.argmax(-1), targets).mean())
 
 
-def run(study: Study, name: str, overrides: list[str]) -> dict:
-    """Train on one thread unless done before; the metrics of the last step, the curve and the wall-clock seconds."""
-    result = ROOT / f"{name}.json"
-    if result.exists():
-        return json.loads(result.read_text())
-    for folder in (ROOT / "ckpt" / name, ROOT / "logs" / name):
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off: its wall-clock would mean nothing
-    command = [sys.executable, "train.py", "--config", f"config_{study.name}.yaml", *overrides]
-    command += [f"training.ckpt_dir={ROOT}/ckpt", f"training.log_dir={ROOT}/logs", f"training.run_name={name}"]
-    command += [f"training.eval_interval={study.eval_interval}"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    events, metric = EventAccumulator(str(ROOT / "logs" / name)).Reload(), next(iter(study.columns))
-    begin = events.Scalars("reward/mean")[0].wall_time  # of step 1: start-up does not count
-    keys = [tag.removeprefix("eval/") for tag in events.Tags()["scalars"] if tag.startswith("eval/")]
-    metrics = {key: events.Scalars(f"eval/{key}")[-1].value for key in keys}
-    if "cost" in study.tuning_columns:
-        metrics["cost"] = mean_cost(ROOT / "ckpt" / name)
-    curve = [(p.step, p.wall_time - begin, p.value) for p in events.Scalars(f"eval/{metric}")]
-    metrics |= {"seconds": curve[-1][1], "curve": curve}
-    result.write_text(json.dumps(metrics))
-    print(f"{name}: {metric} {metrics[metric]:.4f}, {metrics['seconds']:.0f} s", flush=True)
-    return metrics
+def decided(checkpoint: Path, score: str, hold_out: Path, judged: Path) -> dict[str, float]:
+    """The metrics of a folder, and the score there by argmax and (`score, decided`) by what is fitted on the hold-out;
+    both on the hold-out too (`holdout/…`). score: a score of the confusion matrix, or f1, of boxes: the mean over the
+    classes from a detection's score of 0.5, or of fitted ones, on."""
+    boxes = score == "f1"
+    args = argparse.Namespace(
+        checkpoint=str(checkpoint), fit=str(hold_out), decide="reward", reward=None if boxes else score
+    )
+    args.task, args.passes, args.batch_size = None, None, 100
+    if predict.fit(args):
+        raise SystemExit(f"{checkpoint}: could not be fitted on {hold_out}")
+    network, task, classes, digest = predict.open_checkpoint(args)
+    rewards, decider = predict.open_decision(args, task, digest)
+    fitted = predict.load_decision(predict.decision_path(checkpoint), digest, list(predict.load_rewards(task)))
+    dataset = task.open(str(judged), classes)
+    evaluation, judge = task.evaluation(dataset), RewardEvaluation(task, rewards, decider)
+    for batch in predict.batches_of(args, task, dataset, BadImages(len(dataset), predict.complain)):
+        outputs, outputs_mc = network(batch.inputs, passes=False), network(batch.inputs)
+        evaluation.add(batch, outputs, outputs_mc)
+        judge.add(batch, outputs, outputs_mc)
+    metrics = judge.metrics()
+    if boxes:
+        pair = [mean_f1(evaluation.curves(), thresholds) for thresholds in ({}, task.thresholds)]
+    else:
+        pair = [metrics["eval/reward_argmax"], metrics["eval/reward"]]
+    score = "mean_f1" if boxes else score
+    found = {key.removeprefix("eval/"): x for key, x in evaluation.metrics().items() if key.startswith("eval/")}
+    found |= {score: pair[0], f"{score}, decided": pair[1]}
+    return found | {f"holdout/{score}": fitted.score[0], f"holdout/{score}, decided": fitted.score[1]}
 
 
-def run_all(study: Study, methods: Methods, rates: dict[str, tuple], start: float | None, split: list[str]) -> dict:
-    """Each method at each of its learning rates, over the seeds: (method, rate) -> the results. As many runs at a time
-    as there are cores, each on one thread. start: the rate of the run of `study.start` that is tuned, if one is. split:
-    the overrides of the hold-out, if it is used."""
-    jobs, seeds = {}, range(study.selection_seeds if split else study.seeds)
-
-    def run_name(method: str, rate: float, seed: int) -> str:
-        name = method if study.name == "digits" else f"{study.name}-{method}"
-        return f"holdout-{name}-{rate}-{seed}" if split else f"{name}-{seed}"
-
-    for seed, method in itertools.product(seeds, methods):
-        for rate in rates[method]:
-            overrides = [*methods[method], *split, f"training.learning_rate={rate}", f"training.seed={seed}"]
-            if start:
-                overrides += [f"model.checkpoint_path={ROOT}/ckpt/{run_name(study.start, start, seed)}/last.pt"]
-                overrides += [f"training.steps={study.tuning_steps}"]
-            jobs[method, rate, seed] = run_name(f"tuned-{method}" if start else method, rate, seed), overrides
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = dict(zip(jobs, pool.map(lambda job: run(study, *job), jobs.values())))
-    return {(m, rate): [results[m, rate, seed] for seed in seeds] for m in methods for rate in rates[m]}
+def read_events(folder: Path) -> dict:
+    """Of a run's TensorBoard events the metrics of the last evaluation, and CPU seconds of training: of all steps, and
+    at each evaluation, `curve`: (step, seconds, the first metric)."""
+    events = EventAccumulator(str(folder)).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("eval/")]
+    metrics = {tag.removeprefix("eval/"): events.Scalars(tag)[-1].value for tag in tags if "/reward" not in tag}
+    speeds, batch_size = events.Scalars("speed/images_per_second"), 64  # ratios of times alone are shown
+    steps = [0] + [point.step for point in speeds]
+    seconds = np.cumsum([0] + [(b - a) * batch_size / point.value for a, b, point in zip(steps, steps[1:], speeds)])
+    points = events.Scalars(tags[0])  # float32: 0.95 would be a little less
+    curve = [(p.step, round(float(np.interp(p.step, steps, seconds)), 2), round(p.value, 6)) for p in points]
+    return metrics | {"seconds": float(seconds[-1]), "curve": curve}
 
 
-def run_best(study: Study, methods: Methods, grid: tuple, metric: str, start: float | None = None) -> tuple[dict, dict]:
-    """Each method's learning rate with the best mean metric on the hold-out, and its results with that on the whole
-    training set. start: as for `run_all`."""
-    split = hold_out(Path(read_yaml(f"config_{study.name}.yaml")["data.train_dir"]))
-    sign = -1 if metric == "cost" else 1
-    tried = run_all(study, methods, dict.fromkeys(methods, grid), start, split)
-    means = {key: sign * statistics.mean(result[metric] for result in results) for key, results in tried.items()}
-    rates = {method: max(grid, key=lambda rate, m=method: means[m, rate]) for method in methods}
-    results = run_all(study, methods, {method: (rate,) for method, rate in rates.items()}, start, [])
-    return rates, {method: results[method, rate] for method, rate in rates.items()}
+def machine() -> str:
+    """The processor, and how many cores."""
+    try:
+        names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        names = []
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
-def compare(study: Study) -> dict[str, list[dict]]:
-    """All runs of a study, and its two tables; returns the results from scratch."""
-    rates, results = run_best(study, study.methods, study.rates, next(iter(study.columns)))
-    write_between(RESULTS, study.markers[0], table(rates, results, study.columns, times=study.name == "digits"))
-    start, first = rates[study.start], f"{study.start}, where all start"
-    rates, tuned = run_best(study, study.tuning, study.tuning_rates, next(iter(study.tuning_columns)), start)
-    rows = {first: results[study.start]} | tuned
-    write_between(RESULTS, study.markers[1], table(rates | {first: start}, rows, study.tuning_columns))
-    return results
+class Figures:
+    """docs/figures.json: study -> method -> setting -> seed -> the metrics of a finished run."""
+
+    def __init__(self, path: Path):
+        self.path, self.lock = path, threading.Lock()
+        self.kept: dict = json.loads(path.read_text()) if path.exists() else {}
+
+    def get(self, *keys: str) -> dict | None:
+        found = self.kept
+        for key in keys:
+            found = found.get(key, {})
+        return found or None
+
+    def add(self, metrics: dict, *keys: str) -> None:
+        """Keeps the metrics of a run, and writes the file anew, a run a line."""
+
+        def lines(node: dict, indent: str) -> str:
+            if "date" in node:
+                return json.dumps(node)
+            inner = [f"{indent} {json.dumps(key)}: {lines(node[key], indent + ' ')}" for key in sorted(node)]
+            return "{\n" + ",\n".join(inner) + f"\n{indent}}}"
+
+        with self.lock:
+            inner = self.kept
+            for key in keys[:-1]:
+                inner = inner.setdefault(key, {})
+            inner[keys[-1]] = metrics
+            part = self.path.with_suffix(".part")
+            part.write_text(lines(self.kept, "") + "\n")
+            part.replace(self.path)
 
 
-def seconds_to(accuracy: float, result: dict) -> float:
-    """Wall-clock until the first evaluation with that accuracy, infinite if there is none."""
-    return next((seconds for _, seconds, value in result["curve"] if value >= accuracy), math.inf)
+def commit() -> str:
+    """Of the code, with a + where the scripts or configs differ from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=HOME).stdout.strip()
+
+    changed = git("diff", "HEAD", "--name-only", "--", ":(glob)*.py", ":(glob)*.yaml", ":(glob)examples/*.py")
+    return (git("rev-parse", "--short", "HEAD") or "?") + "+" * bool(changed)
 
 
-def table(rates: dict[str, float], results: dict[str, list[dict]], columns: dict[str, str], times: bool = False) -> str:
-    """Mean and standard deviation over the seeds, in markdown. times: also those of a run and to an accuracy of 0.95,
-    as median ratios to the supervised run of the same seed, which ran at about the same moment (the machine's speed
-    drifts)."""
-    heads = [*columns.values()] + ["time ÷ supervised", "time to 0.95 ÷ supervised"] * times
-    lines = [f"| trained by | learning rate | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
-    for method, runs in results.items():
-        values = [[run[key] for run in runs] for key in columns]
-        cells = [f"{statistics.mean(v):.4f} ± {statistics.stdev(v):.4f}" for v in values]
-        if times:
-            pairs = list(zip(runs, results["supervised"]))
-            reached = statistics.median(seconds_to(0.95, run) / seconds_to(0.95, other) for run, other in pairs)
-            cells += [f"{statistics.median(run['seconds'] / other['seconds'] for run, other in pairs):.2f}"]
-            cells += [f"{reached:.2f}" if math.isfinite(reached) else "never"]
-        lines.append(f"| {method} | {rates[method]:g} | {' | '.join(cells)} |")
+# --- Runs -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a stage. held: on four fifths of the training set, to choose a setting of a study that trains on all
+    of it. start: the run it goes on from."""
+
+    study: Study
+    stage: Stage
+    method: str
+    setting: str
+    seed: int
+    held: bool
+    start: "Run | None" = None
+
+    @property
+    def keys(self) -> tuple[str, str, str, str]:
+        """Where its figures are kept."""
+        study = f"{self.study.name}, hold-out" if self.held else self.study.name
+        return study, f"tuned {self.method}" if self.start else self.method, self.setting, str(self.seed)
+
+    @property
+    def name(self) -> str:
+        return "-".join(re.sub(r"[^\w.]+", "_", key) for key in self.keys)
+
+    def overrides(self, parts: Parts) -> list[str]:
+        whole, train, hold_out, judged = parts
+        on_all = self.study.retrain and not self.held
+        data = [f"data.train_dir={whole if on_all else train}", f"data.eval_dir={judged if on_all else hold_out}"]
+        data += [] if self.study.retrain else ["data.num_workers=0"]
+        start = [f"model.checkpoint_path={ROOT}/ckpt/{self.start.name}/last.pt"] if self.start else []
+        own = [*self.study.common, *self.stage.methods[self.method], *self.stage.settings[self.setting]]
+        return [*data, *own, f"training.seed={self.seed}", *start]
+
+
+class Runner:
+    """Runs what has no figures yet, until `deadline` (of time.monotonic), `jobs` at a time; 0 runs nothing. base: the
+    folder of --data."""
+
+    def __init__(self, figures: Figures, jobs: int = 0, deadline: float = math.inf, base: Path | None = None):
+        self.figures, self.jobs, self.deadline, self.base = figures, jobs, deadline, base
+        self.left: dict[tuple, float] = {}  # what was not run -> the minutes it may take
+        self.parts: dict[str, Parts] = {}
+        self.alone = threading.Lock()  # predict.py draws from the process's random state
+
+    def minutes(self, study: Study) -> float:
+        """What a run of the study takes about."""
+        methods = self.figures.kept.get(study.name, {}).values()
+        known = [run["minutes"] for settings in methods for runs in settings.values() for run in runs.values()]
+        return statistics.median(known) if known else study.minutes
+
+    def run_all(self, runs: list[Run]) -> dict[Run, dict | None]:
+        """The figures of each run, None where there was no time for it."""
+        if not self.jobs:
+            return dict(zip(runs, map(self.run, runs)))
+        with ThreadPoolExecutor(self.jobs) as pool:
+            return dict(zip(runs, pool.map(self.run, runs)))
+
+    def run(self, run: Run) -> dict | None:
+        found = self.figures.get(*run.keys)
+        if found:
+            return found
+        minutes = self.minutes(run.study)
+        if not self.jobs or time.monotonic() + 60 * minutes > self.deadline:
+            self.left[run.keys] = minutes
+            return None
+        begin = time.monotonic()
+        with self.alone:
+            if run.study.name not in self.parts:
+                self.parts[run.study.name] = run.study.data(self.base)
+            if run.start and not (ROOT / "ckpt" / run.start.name / "last.pt").exists():
+                self.train(run.start)  # its figures are kept, but it was run on another machine
+        if not self.train(run):
+            self.left[run.keys] = minutes
+            return None
+        with self.alone:
+            metrics = self.judge(run)
+        metrics = {key: round(x, 5) if isinstance(x, float) else x for key, x in metrics.items() if "ap/" not in key}
+        shown = " ".join(f"{key} {x:g}" for key, x in metrics.items() if isinstance(x, float))
+        about = {"minutes": round((time.monotonic() - begin) / 60, 2), "machine": machine()}
+        self.figures.add(metrics | about | {"date": time.strftime("%Y-%m-%d"), "commit": commit()}, *run.keys)
+        print(f"{run.name}: {shown}", flush=True)
+        return self.figures.get(*run.keys)
+
+    def train(self, run: Run) -> bool:
+        """train.py to the end of a run, or until it is as good as it should be; one that was stopped goes on. Whether
+        it went well."""
+        command = [sys.executable, "-c", TRAIN, "--config", run.study.config, "--resume", "auto"]
+        command += [*run.overrides(self.parts[run.study.name]), f"training.eval_interval={run.study.eval_interval}"]
+        command += [f"training.ckpt_dir={ROOT}/ckpt", f"training.log_dir={ROOT}/logs", f"training.run_name={run.name}"]
+        until, environment = run.study.until, os.environ | {"OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+            for line in process.stdout:
+                value = re.match(r"step \d+: \w+ ([\d.]+)", line)
+                if until and value and float(value[1]) >= until:
+                    process.terminate()  # it saves a checkpoint; a second signal would end it at once
+                    until = None
+        stopped = 128 + signal.SIGTERM if run.study.until else 0
+        if process.returncode not in (0, stopped):
+            print(f"{run.name}: train.py ended with {process.returncode}", flush=True)
+        return process.returncode in (0, stopped)
+
+    def judge(self, run: Run) -> dict:
+        """The figures of a run that is trained; those on the hold-out as holdout/…"""
+        folder, study = ROOT / "ckpt" / run.name, run.study
+        metrics = read_events(ROOT / "logs" / run.name)
+        curve, seconds = metrics.pop("curve"), metrics.pop("seconds")
+        if study.until:
+            reached = next((point for point in curve if point[2] >= study.until), (math.inf, math.inf))
+            return {"step": reached[0], "seconds": reached[1]}
+        if study.name == "digits":
+            metrics |= {"curve": [(step, at, round(value, 4)) for step, at, value in curve], "cost": mean_cost(folder)}
+        if not study.retrain:
+            metrics = {f"holdout/{key}": value for key, value in metrics.items()}
+        for score in study.scores:
+            metrics |= decided(folder, score, *self.parts[study.name][2:])
+        return metrics | {"seconds": seconds}
+
+
+# --- Choices ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """Of a table: a method, by argmax or as its reward decides, with the setting that is best so; and its runs."""
+
+    method: str
+    decided: bool
+    setting: str
+    runs: dict[int, dict]  # by seed
+
+
+def value_of(run: dict, key: str, decided: bool) -> float | None:
+    """A figure of a run; None if decisions do not change it, or it was not taken."""
+    return run.get(f"{key}, decided" if decided else key)
+
+
+def make_run(study: Study, stage: Stage, started: str | None, method: str, setting: str, seed: int, held: bool) -> Run:
+    """started: the setting of the run of the first stage that it goes on from, if the stage tunes."""
+    start = Run(study, study.stages[0], stage.start, started, seed, held) if stage.start else None
+    return Run(study, stage, method, setting, seed, held, start)
+
+
+def compare(runner: Runner, study: Study) -> dict[str, list[Row]]:
+    """All runs of a study for which there is time: the rows of each table, by its marker."""
+    tables: dict[str, list[Row]] = {}
+    chosen: dict[str, str] = {}  # the setting of each method of the first stage
+    for stage in study.stages:
+        if stage.start and stage.start not in chosen:
+            runs = len(stage.methods) * (len(stage.settings) * study.selection_seeds + study.seeds)
+            runner.left[study.name, stage.marker] = runs * runner.minutes(study)
+            continue
+
+        job = partial(make_run, study, stage, chosen.get(stage.start))
+        settings = choose(runner, study, stage, job)
+        chosen |= {method: setting for (method, by), setting in settings.items() if not (by or stage.start)}
+        wanted = {(method, setting) for (method, _), setting in settings.items()}
+        jobs = {(*key, seed): job(*key, seed, False) for seed in range(study.seeds) for key in sorted(wanted)}
+        found = runner.run_all(list(jobs.values()))
+        begun = [row for row in tables.get(study.stages[0].marker, []) if row.method == stage.start]
+        tables[stage.marker] = [replace(row, method=f"{row.method}, where all start") for row in begun]
+        for (method, by), setting in settings.items():
+            runs = {seed: found[jobs[method, setting, seed]] for seed in range(study.seeds)}
+            kept = {seed: run for seed, run in runs.items() if run}
+            tables[stage.marker].append(Row(method, by, setting, kept))
+    return tables
+
+
+def choose(runner: Runner, study: Study, stage: Stage, job: Callable) -> dict[tuple[str, bool], str]:
+    """Of each method, by argmax and as decided, the setting with the best mean on the hold-out; without those whose
+    runs are not all there."""
+    metric = next(iter(stage.columns))
+    prefix, sign = "" if study.retrain else "holdout/", -1 if metric == "cost" else 1
+    only, ways = stage.only or {}, (False, True) if study.scores else (False,)
+    jobs = {
+        (method, setting): [job(method, setting, seed, study.retrain) for seed in range(study.selection_seeds)]
+        for method, setting in itertools.product(stage.methods, stage.settings)
+        if method not in only
+    }
+    found = runner.run_all([run for runs in jobs.values() for run in runs])
+    best = {(method, by): only[method] for method in stage.methods if method in only for by in ways}
+    for method in stage.methods:
+        tried = {setting: [found[run] for run in runs] for (of, setting), runs in jobs.items() if of == method}
+        if not tried:
+            continue
+        if not all(all(runs) for runs in tried.values()):
+            later = study.seeds - (0 if study.retrain else study.selection_seeds)
+            runner.left[study.name, stage.marker, method] = later * runner.minutes(study)
+            continue
+        for by in ways:
+            key = prefix + metric  # boxes' mAP is the same as decided
+            values = {
+                setting: [run.get(f"{key}, decided", run[key]) if by else run[key] for run in runs]
+                for setting, runs in tried.items()
+            }
+            best[method, by] = max(values, key=lambda setting, v=values: sign * statistics.mean(v[setting]))
+    return best
+
+
+# --- Tables -----------------------------------------------------------------------------------------------------------
+
+
+def seconds_to(accuracy: float, run: dict) -> float:
+    """CPU seconds of training until the first evaluation with that accuracy, infinite if there is none."""
+    return next((seconds for _, seconds, value in run["curve"] if value >= accuracy), math.inf)
+
+
+def ratios(run_pairs: list[tuple[dict, dict]], seconds: Callable[[dict], float]) -> str:
+    """Median and quartiles of the ratios of times."""
+    values = [seconds(a) / seconds(b) for a, b in run_pairs]
+    if not math.isfinite(statistics.median(values)):
+        return "never"
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return f"{middle:.2f} ({low:.2f}–{high:.2f})"
+
+
+def table(stage: Stage, rows: list[Row], num_seeds: int) -> str | None:
+    """In markdown, over the seeds that all rows have: mean and standard deviation, differences to `stage.paired` with
+    their standard error, and times as ratios to `stage.ratio`. None where runs are missing."""
+    seeds = [seed for seed in range(num_seeds) if all(seed in row.runs for row in rows)]
+    missing = set(stage.methods) - {row.method for row in rows}
+    if missing or len(seeds) < (num_seeds if stage.whole else 2):
+        return None
+    metric, plain = next(iter(stage.columns)), {row.method: row for row in rows if not row.decided}
+    heads = list(stage.columns.values())
+    heads += [f"{stage.columns[metric]} − that of {stage.paired}"] * bool(stage.paired)
+    curves = stage.ratio and all("curve" in row.runs[seed] for row in rows for seed in seeds)
+    heads += [f"time ÷ {stage.ratio}"] * bool(stage.ratio) + [f"time to {LEVEL} ÷ {stage.ratio}"] * bool(curves)
+    lines = [] if len(seeds) == num_seeds else [f"So far {len(seeds)} of {num_seeds} seeds:", ""]
+    lines += [f"| trained by | setting | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
+    for row in rows:
+        runs = [row.runs[seed] for seed in seeds]
+        cells = []
+        for key in stage.columns:
+            values = [value_of(run, key, row.decided) for run in runs]
+            known = None not in values
+            cells.append(f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}" if known else "")
+        if stage.paired:
+            others = [plain[stage.paired].runs[seed] for seed in seeds]
+            both = [(value_of(run, metric, row.decided), other[metric]) for run, other in zip(runs, others)]
+            gains = [a - b for a, b in both if a is not None]
+            error = statistics.stdev(gains) / len(gains) ** 0.5 if gains else 0
+            cells.append(f"{statistics.mean(gains):+.4f} ± {error:.4f}" if any(gains) else "")
+        if stage.ratio:
+            pairs = [(run, plain[stage.ratio].runs[seed]) for run, seed in zip(runs, seeds)]
+            cells.append(ratios(pairs, lambda run: run["seconds"]))
+            cells += [ratios(pairs, lambda run: seconds_to(LEVEL, run))] if curves else []
+        name = f"{row.method}, decided" if row.decided else row.method
+        lines.append(f"| {name} | {row.setting} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def draw_curves(results: dict[str, list[dict]], path: Path) -> None:
+def draw_curves(rows: list[Row], path: Path) -> None:
     """Eval accuracy over steps: mean over the seeds, and their range."""
     figure, axes = load_pyplot().subplots(figsize=(7, 4), layout="constrained")
-    for method, runs in results.items():
+    for row in rows:
+        runs = list(row.runs.values())
         steps = [step for step, _, _ in runs[0]["curve"]]
-        columns = list(zip(*[[value for _, _, value in result["curve"]] for result in runs]))
-        axes.plot(steps, [statistics.mean(column) for column in columns], label=method)
+        columns = list(zip(*[[value for _, _, value in run["curve"]] for run in runs]))
+        axes.plot(steps, [statistics.mean(column) for column in columns], label=row.method)
         axes.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], alpha=0.15)
     axes.set(xlabel="step", ylabel="eval accuracy", ylim=(0, 1))
     axes.legend()
@@ -244,20 +433,42 @@ def draw_curves(results: dict[str, list[dict]], path: Path) -> None:
 
 
 def write_between(path: Path, marker: str, text: str) -> None:
-    """Replace what stands in `path` between <!-- marker --> and <!-- /marker -->."""
-    before, rest = path.read_text(encoding="utf-8").split(f"<!-- {marker} -->")
+    """Replace what stands in `path` between <!-- marker --> and <!-- /marker -->, if it is there."""
+    before, found, rest = path.read_text(encoding="utf-8").partition(f"<!-- {marker} -->")
+    if not found:
+        print(f"{path}: no <!-- {marker} --> for\n{text}")
+        return
     after = rest.split(f"<!-- /{marker} -->")[1]
     path.write_text(f"{before}<!-- {marker} -->\n{text}\n<!-- /{marker} -->{after}", encoding="utf-8")
+
+
+def write_tables(study: Study, tables: dict[str, list[Row]]) -> None:
+    """The tables of a study for which there are runs enough, and the digits' chart."""
+    for stage in study.stages:
+        rows = tables.get(stage.marker, [])
+        text = table(stage, rows, study.seeds)
+        if text:
+            write_between(RESULTS, stage.marker, text)
+        if text and stage.marker == "results":
+            draw_curves(rows, HOME / "assets" / "learning_curves.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", nargs="?", default="digits", choices=STUDIES)
-    study = STUDIES[parser.parse_args().study]
-    ROOT.mkdir(exist_ok=True)
-    results = compare(study)
-    if study.name == "digits":
-        draw_curves(results, HOME / "assets" / "learning_curves.png")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run that would end after so many")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (as many as there are cores)")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="micrographs: the folder with train/ and eval/")
+    parser.add_argument("--tables", action="store_true", help="only write the tables, of all studies")
+    args = parser.parse_args()
+    os.chdir(HOME)
+    torch.set_num_threads(1)
+    deadline = time.monotonic() + 60 * args.minutes
+    runner = Runner(Figures(FIGURES), 0 if args.tables else args.jobs, deadline, args.data)
+    for name in STUDIES if args.tables else [args.study]:
+        write_tables(STUDIES[name], compare(runner, STUDIES[name]))
+    if runner.left:
+        print(f"left: about {sum(runner.left.values()) / 60 / max(args.jobs, 1):.1f} hours; the same command goes on")
 
 
 if __name__ == "__main__":
