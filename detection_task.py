@@ -26,7 +26,7 @@ from evaluation import DenseEvaluation, predictive_entropy, to_picture, to_tenso
 from folders import plain_name, upright_size
 from frame import Crop, Frame, to_file, to_input
 from grpo import compute_advantages, nll
-from images import ImageDataset, draw_mirrored, mirror
+from images import ImageDataset, draw_mirrored
 from set_credit import THRESHOLDS, set_values
 from vision_task import Task
 
@@ -148,12 +148,16 @@ def right_actions(metadata: dict, frame: Frame) -> tuple[Tensor, Tensor]:
     `DetectionDataset.batch`."""
     objects, patch_size = [metadata[name] for name in ("boxes", "labels", "crowd")], metadata["patch_size"]
     targets, counted = encode(*objects, frame, patch_size, len(metadata["classes"]))
-    if frame.resize == "letterbox":
-        content = metadata["content"][:, None]
-        grid = frame.height // patch_size, frame.width // patch_size
-        centres = patch_centres(*grid, content.device) * patch_size
-        counted = counted & ((centres >= content[..., :2]) & (centres <= content[..., 2:])).all(-1)[:, None]
-    return targets, counted
+    inside = in_content(metadata["content"], patch_size, counted.shape[-1], metadata["columns"])
+    return targets, counted & inside[:, None]
+
+
+def in_content(content: Tensor, patch_size: int, patches: int, columns: int) -> Tensor:
+    """Whether the centres of P patches lie in the rectangles `content` [B, 4], and not in padding, or the patches hold
+    the middle of a thinner one: bool [B, P]. What the others predict was never trained, so it is no detection."""
+    centres = patch_centres(patches // columns, columns, content.device) * patch_size
+    low, high = content[:, None].split(2, -1)  # [B, 1, 2]
+    return ((centres - (low + high) / 2).abs() <= ((high - low) / 2).clamp(min=patch_size / 2)).all(-1)
 
 
 def patch_centres(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
@@ -339,7 +343,11 @@ def match_sets(actions: Tensor, probs: Tensor, metadata: dict, iou_threshold: fl
     """
     classes = actions[..., 0, :, 0].long()  # [B, T, A, P]
     scores = probs[:, :, None].expand(*classes.shape, -1).gather(-1, classes[..., None])[..., 0].flatten(0, 2)
-    labels = torch.where(classes == probs.shape[-1] - 1, -1, classes).flatten(0, 2)  # -1: background, no detection
+    none = classes == probs.shape[-1] - 1
+    if (content := metadata.get("content")) is not None:
+        inside = in_content(content, metadata["patch_size"], classes.shape[-1], metadata["columns"])
+        none = none | ~inside[:, None, None]
+    labels = torch.where(none, -1, classes).flatten(0, 2)  # -1: background, no detection
     order = scores.masked_fill(labels < 0, -1).argsort(dim=-1, descending=True, stable=True)
     boxes = decode_boxes(actions[..., 1, :, :], metadata["patch_size"], metadata.get("columns")).flatten(0, 2)
     boxes, labels = boxes.gather(1, order[..., None].expand(-1, -1, 4)), labels.gather(1, order)  # [S, P, 4], [S, P]
@@ -373,6 +381,8 @@ def decode(probs: Tensor, raw: Tensor, config: dict, content: Tensor | None = No
     num_classes = probs.shape[-1] - 1
     scores = probs[..., :-1].flatten(1)  # [B, P · K]
     candidate = scores >= config["detection"]["score_threshold"]
+    inside = in_content(content, patch_size, raw.shape[1], frame.width // patch_size)
+    candidate &= inside.repeat_interleave(num_classes, 1)
     order = scores.masked_fill(~candidate, -1).argsort(dim=-1, descending=True, stable=True)
     order = order[:, : int(candidate.sum(1).max())]
     scores, candidate = scores.gather(1, order), candidate.gather(1, order)
@@ -464,7 +474,8 @@ class BoxEvaluation(DenseEvaluation):
             return [self.draw_objects(batch.inputs[i], objects) for objects in (truths[i], sure)]
 
         grid = -1, batch.metadata["columns"]
-        self.keep(predictive_entropy(mean).mean(-1), passes.classes.probs.unflatten(2, grid), draw_parts)
+        inside = in_content(batch.metadata["content"], data.patch_size, mean.shape[1], grid[1])
+        self.keep((predictive_entropy(mean) * inside).mean(-1), passes.classes.probs.unflatten(2, grid), draw_parts)
 
     def draw_objects(self, image: Tensor, objects: dict[str, Tensor]) -> Tensor:
         """image: uint8 [3, H, W] with the boxes of truth or detections, BOX_PIXELS high."""
@@ -549,17 +560,7 @@ class Detection(Task):
         return nll(policy, targets) if log_prob else cross_entropy_iou_loss(policy, targets)
 
     def mirror(self, batch: TensorMiniBatch) -> TensorMiniBatch:
-        chosen = draw_mirrored(batch.inputs)
-        places = torch.arange(batch.targets.shape[2], device=chosen.device)
-        places = places.view(-1, batch.metadata["columns"]).flip(1).flatten()
-        targets, counted = batch.targets[:, :, places], batch.counted[:, :, places]
-        targets[:, 1, :, 0].neg_()  # dx
-        targets = torch.where(chosen[:, None, None, None], targets, batch.targets)
-        counted = torch.where(chosen[:, None, None], counted, batch.counted)
-        boxes, width = batch.metadata["boxes"], batch.inputs.shape[-1]
-        mirrored = torch.stack([width - boxes[..., 2], boxes[..., 1], width - boxes[..., 0], boxes[..., 3]], -1)
-        boxes = torch.where(chosen[:, None, None], mirrored, boxes)
-        return TensorMiniBatch(mirror(batch.inputs, chosen), targets, batch.metadata | {"boxes": boxes}, counted)
+        return self.turn(batch, F.pad(draw_mirrored(batch.inputs)[:, None], (1, 1)))
 
     def turn(self, batch: TensorMiniBatch, turns: Tensor) -> TensorMiniBatch:
         """Patches change places, and their targets turn about their centres, so that just as many count."""
@@ -588,10 +589,16 @@ class Detection(Task):
     def describe(self, outputs: Tensor, path: str, classes: list[str]) -> tuple[dict, int]:
         """The detections, best first, their boxes x0 y0 x1 y1 in pixels of the image file; and the file's width.
         outputs: [T, P, K + 1 + 4]."""
-        policy = self.policy(outputs)
+        policy, patch_size, frame = (
+            self.policy(outputs),
+            self.config["model"]["patch_size"],
+            Frame.from_config(self.config),
+        )
         probs, raw = policy.classes.probs.mean(0, keepdim=True), policy.boxes.mean.mean(0, keepdim=True)
-        placement = Frame.from_config(self.config).place(size := upright_size(path))
-        found = decode(probs, raw, self.config, torch.tensor([placement.content], dtype=raw.dtype))[0]
+        placement = frame.place(size := upright_size(path))
+        content = torch.tensor([placement.content], dtype=raw.dtype)
+        inside = in_content(content, patch_size, raw.shape[1], frame.width // patch_size)[0]
+        found = decode(probs, raw, self.config, content)[0]
         in_file = to_file(found["boxes"].double(), torch.tensor(placement.affine(), dtype=torch.float64))
         boxes = [
             {"class": classes[label], "score": score, "box": box}
@@ -599,7 +606,7 @@ class Detection(Task):
         ]
         if self.thresholds is not None:
             boxes = [box for box in boxes if box["score"] >= self.thresholds.get(box["class"], SHOWN_SCORE)]
-        return {"boxes": boxes}, size[0]
+        return {"boxes": boxes} | self.uncertainty(outputs[:, inside]), size[0]
 
     def shown(self, record: dict) -> list[dict]:
         """The boxes for words and pictures: those that were decided on, or of a score of at least 0.5."""

@@ -256,7 +256,7 @@ def draw_batch(task, parts: Iterable[tuple[int, TensorMiniBatch]], count: int = 
         shown += [task.show(part, i) for i in range(len(part))]
         if len(shown) >= count:
             break
-    return draw_sheet(*map(list, zip(*shown[:count])), size=192)
+    return draw_sheet(*map(list, zip(*shown[:count])), size=196)  # lines of boxes survive: 192 high within
 
 
 def draw_caption(picture: Image.Image, lines: list[str]) -> Image.Image:

@@ -40,6 +40,7 @@ def export_model(model: nn.Module, task: Task, classes: list[str], path: Path) -
         raise InputError(f"{path}: there is no folder {path.parent}; make it, or name another file with --export")
     frame, model.autocast_dtype = Frame.from_config(task.config), None
     deployed, images = Deployed(model, task).eval(), torch.zeros(2, 3, frame.height, frame.width, dtype=torch.uint8)
+    deployed.requires_grad_(False)  # who deploys it would keep activations, and read a warning, for nothing
     validate = Distribution._validate_args
     Distribution.set_default_validate_args(False)  # looks at numbers, which are not there while it is recorded
     try:

@@ -171,7 +171,7 @@ def predict(args: argparse.Namespace) -> int:
         decoded += len(batch)
         for (path, name, _), outputs in zip(batch, network(torch.stack([image for *_, image in batch])).cpu()):
             record, found = task.describe(outputs, path, classes)
-            record |= task.uncertainty(outputs)
+            record |= task.uncertainty(outputs) | record
             if args.out:
                 for key, (folder, picture) in task.draw(open_picture(path), record, found).items():
                     file = args.out / folder / f"{name}.png"

@@ -261,9 +261,11 @@ class Segmentation(Task):
         """The shares of the mask's pixels; the mask (mode L) at the image file's size, 255 where the file was cut off.
         outputs: logits [T, H, W, K]."""
         mask = to_picture(self.decide(outputs, path, classes).to(torch.uint8))
-        mask = Frame.from_config(self.config).place(upright_size(path)).restore(mask, IGNORED)
+        placement = Frame.from_config(self.config).place(upright_size(path))
+        mask, (x0, y0, x1, y1) = placement.restore(mask, IGNORED), placement.content
         counts = mask.histogram()[: len(classes)]
-        return {"shares": {name: count / sum(counts) for name, count in zip(classes, counts) if count}}, mask
+        record = {"shares": {name: count / sum(counts) for name, count in zip(classes, counts) if count}}
+        return record | self.uncertainty(outputs[:, y0:y1, x0:x1]), mask
 
     def in_words(self, record: dict) -> str:
         return ", ".join(f"{name} {share:.1%}" for name, share in record["shares"].items())

@@ -123,7 +123,7 @@ class Task:
 
     def describe(self, outputs: Tensor, path: str, classes: list[str]) -> tuple[dict, Any]:
         """What T passes [T, …] say of an image file: a record for --json, and whatever else `draw` needs. The record
-        gets the image's uncertainties from `predict.py`."""
+        gets the image's uncertainties from `predict.py`, where it has none."""
         return {"probabilities": self.probabilities(outputs).mean(0).tolist()}, None
 
     def in_words(self, record: dict) -> str:

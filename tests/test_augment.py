@@ -289,3 +289,28 @@ def test_a_task_that_cannot(tmp_path, monkeypatch, capsys):
 def test_turned_needs_no_square_for_flips():
     x = torch.arange(12).view(1, 3, 4)
     assert torch.equal(turned(x, torch.tensor([[False, True, True]])), x.flip(-1).flip(-2))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", [24, [24, 36], [36, 24]], ids=str)
+def test_the_right_answer_comes_back_in_the_files_own_pixels(folder, mode, size):
+    """Boxes that a crop leaves whole are the annotation's; the metric is one of all objects, those cut off too."""
+    task = task_of("detection", model__image_size=size, data__resize=mode, model__patch_size=2)
+    dataset, batch = batch_of(task)
+    classes = torch.nn.functional.one_hot(batch.targets[:, 0, :, 0].long(), 5) * 20.0
+    outputs = torch.cat([classes, batch.targets[:, 1]], -1)
+    seen, cut = 0, 0
+    for i, file_size in enumerate(SIZES):
+        record, width = task.describe(outputs[i][None], f"boxes/images/{i}.png", dataset.classes)
+        x0, y0, x1, y1 = dataset.image_size.place(file_size).region
+        assert width == file_size[0]
+        for found in record["boxes"]:
+            x, y, w, h = BOXES[int(found["class"])]
+            true = [max(x, x0), max(y, y0), min(x + w, x1), min(y + h, y1)]
+            assert found["box"] == pytest.approx(true, abs=1e-3)
+            seen, cut = seen + 1, cut + (true != [x, y, x + w, y + h])
+    evaluation = task.evaluation(dataset)
+    evaluation.add(batch, outputs, outputs[:, None])
+    metrics = evaluation.metrics()
+    assert 12 >= seen >= 8 and (mode == "crop" or not cut)
+    assert (metrics["eval/f1"] == 1) == (seen == 12) and (metrics["eval/map"] > 0.999) == (seen == 12 and not cut)

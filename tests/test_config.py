@@ -147,7 +147,14 @@ def test_yaml_is_read_as_people_mean_it(tmp_path):
 
 def test_a_tilde_is_the_home_in_every_path(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    for name in ("data.train_dir", "data.eval_dir", "model.checkpoint_path", "training.ckpt_dir", "training.log_dir"):
+    for name in (
+        "data.train_dir",
+        "data.eval_dir",
+        "model.checkpoint_path",
+        "training.ckpt_dir",
+        "training.log_dir",
+        "data.token_cache_dir",
+    ):
         assert convert(name, "~/x", ALL_KEYS[name]) == "/home/me/x"
     assert convert("rollout.reward", ["~/r.py:f"], ALL_KEYS["rollout.reward"]) == {"/home/me/r.py:f": 1.0}
     args = parse(["--config", "~/c.yaml", "--resume", "~/ckpt"])

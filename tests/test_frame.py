@@ -9,7 +9,7 @@ from conftest import message
 from PIL import Image
 
 from build import build_model, configure
-from detection_task import DetectionDataset, decode, visible
+from detection_task import DetectionDataset, decode, detection_f1_reward, pack, visible
 from frame import MODES, Frame, to_file, to_input
 from images import decode_image
 from mask_files import decode_mask
@@ -121,6 +121,50 @@ def test_boxes_of_a_letterboxed_and_of_a_cropped_image(tmp_path):
     probs, raw = torch.tensor([[[0.9, 0.1]]]).expand(1, 4, 2), torch.tensor([0, 0, 9.0, 9.0]).expand(1, 4, 4)
     [found] = decode(probs, raw, config, torch.tensor([[0.0, 8, 32, 24]]))
     assert found["boxes"].tolist() == [[0, 8, 32, 24]]
+
+
+def test_patches_in_the_padding_find_nothing(tmp_path):
+    """Of eight rows of patches that all say `cell` the four in the image count: for detections, F1, the reward."""
+    coco(tmp_path, (64, 32), [[0, 0, 8, 8]])  # that of the first patch, at half its size
+    config = {"task": "detection", "model.image_size": 32, "model.patch_size": 4, "data.resize": "letterbox"}
+    task = configure(("x", config | {"data.augment": True}))[1]
+    dataset = task.open(str(tmp_path))
+    batch = dataset.batch(torch.tensor([0]), torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    outputs = torch.tensor([3.0, 0, 0, 0, 0, 0]).expand(1, 64, 6)  # cell, nothing; a box of the patch itself
+    [found] = decode(outputs[..., :2].softmax(-1), outputs[..., 2:], task.config, batch.metadata["content"])
+    assert len(found["boxes"]) == 32 and found["boxes"][:, 1].min() == 8 and found["boxes"][:, 3].max() == 24
+
+    evaluation = task.evaluation(dataset)
+    evaluation.add(batch, outputs, outputs[:, None])
+    assert evaluation.counts.tolist() == [[1, 32, 1]] * 2  # hits, detections, objects
+    actions = pack(torch.zeros(1, 64), outputs[..., 2:])[:, None, None]
+    reward = detection_f1_reward(actions, outputs[:, None], batch.targets, batch.metadata)
+    assert reward.tolist() == [[[pytest.approx(2 / 33)]]]
+
+
+@pytest.mark.parametrize("size", [(640, 16), (16, 640)])
+def test_a_thin_letterboxed_image_still_has_patches(tmp_path, size):
+    """One pixel of 32, which is no patch's centre: those that hold its middle count."""
+    coco(tmp_path, size, [[0, 0, 16, 16]])
+    batch = DetectionDataset(str(tmp_path), Frame(32, 32, "letterbox"), 4).batch(
+        torch.tensor([0]), torch.zeros(1, 3, 32, 32)
+    )
+    rows = batch.counted[0, 0].view(8, 8)
+    assert (rows if size[0] > size[1] else rows.T).all(1).tolist() == [False] * 3 + [True] + [False] * 4
+
+
+@pytest.mark.parametrize("name", ["segmentation", "detection"])
+def test_uncertainty_is_that_of_the_image_not_of_the_padding(tmp_path, name):
+    """The network is sure of the image, the middle half, and in doubt above and below it."""
+    Image.new("RGB", (64, 32)).save(tmp_path / "a.png")
+    keys = {"task": name, "model.image_size": 32, "model.patch_size": 8, "data.resize": "letterbox"}
+    task = configure(("x", keys))[1]
+    shape = (2, 32, 32, 2) if name == "segmentation" else (2, 4, 4, 2 + 4)
+    outputs = torch.zeros(shape)
+    outputs[:, shape[1] // 4 : 3 * shape[1] // 4, :, 0] = 50
+    outputs = outputs if name == "segmentation" else outputs.flatten(1, 2)
+    record, _ = task.describe(outputs, str(tmp_path / "a.png"), ["a", "b"])
+    assert record["predictive_entropy"] < 1e-6 and task.uncertainty(outputs)["predictive_entropy"] > 0.3
 
 
 def test_what_is_left_of_a_box():
