@@ -39,6 +39,22 @@ def load_script(path: str) -> ModuleType:
 make_scenes = load_script("data/make_scenes.py")
 
 
+LONGEST = [
+    "test_distributed.py",
+    "test_train.py",
+    "test_task.py",
+    "test_predict.py",
+    "test_export.py",
+    "test_vit_model.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that the two processes of a whole run end together."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(autouse=True)
 def process_state():
     """What `train.main` changes in the process is put back; one thread, as the models are tiny."""
