@@ -29,7 +29,7 @@ PREDICT = [line[line.index("predict.py") + 1 :] for line in COMMANDS if "predict
 
 
 def test_the_readme_is_one_page_and_leads_to_the_others():
-    assert len(README.splitlines()) <= 220 and len(README.split()) <= 2000
+    assert len(README.splitlines()) <= 200 and len(README.split()) <= 1700
     assert all(f"({page})" in README for page in PAGES if page != "README.md")
     assert all(path.name in README for path in Path().glob("*.py"))
     assert not re.findall(r"@[A-Z]+@", ALL) and len(TRAIN) > 15 and len(PREDICT) > 5
