@@ -278,7 +278,7 @@ def test_a_second_run_computes_no_tokens(folder, capsys, calls, keys):
     assert [len(images) for images in calls] == [1, CHUNK]
     out = capsys.readouterr().out
     pattern = file.with_name(file.name[:-13] + "_*.bin")
-    assert f"data.token_cache: keep: {pattern} have the tokens of {computed} images" in out.splitlines()
+    assert f"data.token_cache: keep: {pattern} have the tokens of {computed} images (0 MB, mapped)" in out.splitlines()
     assert f"data.token_cache: tokens of {computed} images found, of 0 computed" in out.splitlines()
     assert kept_files(file.parent) == [file]
     without = run("without", *keys, f"data.token_cache={'auto' if 'data.token_dtype=bfloat16' in keys else 'never'}")
@@ -387,6 +387,7 @@ def damage_by_another_name(file: Path) -> None:
         (lambda file: os.truncate(file, 70), "cut off"),
         (lambda file: os.truncate(file, 0), "of another format"),
         (damage_by_another_format, "of another format"),
+        (lambda file: file.write_bytes(file.read_bytes().replace(b"tokens 1", b"tokens 0", 1)), "of another format"),
         (damage_by_another_name, "of another format"),
         (lambda file: (file.unlink(), file.mkdir()), "Is a directory"),
     ],
