@@ -161,6 +161,7 @@ SCHEMA: dict[str, Key] = {  # of every run; a task has further keys of its own (
     ),
     "rollout.max_choices": Key(1000, int, "the most choices of an element for action: all", **at_least(2)),
     "rollout.advantage": Key("maxrl", str, "advantage estimator", **one_of("grpo", "rloo", "maxrl")),
+    "rollout.log_values": Key(False, bool, "of scores and credits climb the logarithm: what is rare is learned too"),
     "rollout.reward": Key(
         None,
         dict,
