@@ -62,14 +62,15 @@ def focal(log_probs: Tensor, targets: Tensor, counted: Tensor | None = None, cou
 # --- Of a whole mask --------------------------------------------------------------------------------------------------
 
 
-def pixels(log_probs: Tensor, targets: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Probability and truth (0 or 1) of each class, [B, T, K, P] with 0 where a pixel does not count, and which count,
-    bool [B, 1, 1, P]."""
-    probs, targets = log_probs.exp().flatten(3), targets.flatten(3)
-    counted = torch.ones_like(targets[:, 0, 0], dtype=torch.bool) if counted is None else counted.flatten(1)
-    counted = counted[:, None, None]
-    truth = torch.zeros_like(probs).scatter(2, targets, 1.0)
-    return torch.where(counted, probs, 0), torch.where(counted, truth, 0), counted
+def pixels(log_probs: Tensor, targets: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Probability and truth (0 or 1) of each class, [B, T, K, P], both 0 where a pixel does not count: so it adds to no
+    sum, and its error is 0."""
+    probs = log_probs.exp().flatten(3)
+    truth = torch.zeros_like(probs).scatter(2, targets.flatten(3), 1.0)
+    if counted is None:
+        return probs, truth
+    counted = counted.flatten(1)[:, None, None]
+    return torch.where(counted, probs, 0), torch.where(counted, truth, 0)
 
 
 def of_image(losses: Tensor, present: Tensor, targets: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ def of_image(losses: Tensor, present: Tensor, targets: Tensor) -> Tensor:
 def dice(log_probs: Tensor, targets: Tensor, counted: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
     """1 - soft Dice, 2 Σ p·y / (Σ p + Σ y), of each image, mean over the classes that its truth has (Milletari et al.
     2016, https://arxiv.org/abs/1606.04797, with plain sums in the denominator)."""
-    probs, truth, _ = pixels(log_probs, targets, counted)
+    probs, truth = pixels(log_probs, targets, counted)
     true = truth.sum(3)
     return of_image(1 - 2 * (probs * truth).sum(3) / (probs.sum(3) + true.clamp(min=1)), true > 0, targets)
 
@@ -95,12 +96,12 @@ def lovasz(log_probs: Tensor, targets: Tensor, counted: Tensor | None = None, co
     Sorted by error, the largest first, each pixel's error is multiplied by what 1 - IoU gains when this pixel, too, is
     wrong: 1 / U for one of the class, I / (U - 1) - I / U for another, which is written without the cancellation.
     """
-    probs, truth, counted = pixels(log_probs, targets, counted)
-    errors, order = torch.where(counted, (truth - probs).abs(), -1).sort(3, descending=True)  # what counts comes first
+    probs, truth = pixels(log_probs, targets, counted)
+    errors, order = (truth - probs).abs().sort(3, descending=True)
     true, truth = truth.sum(3, keepdim=True), truth.gather(3, order)
     intersection, union = true - truth.cumsum(3), true + (1 - truth).cumsum(3)
     gain = torch.where(truth > 0, 1 / union.clamp(min=1), intersection / (union * (union - 1)).clamp(min=1))
-    return of_image((errors.clamp(min=0) * gain).sum(3), true[..., 0] > 0, targets)
+    return of_image((errors * gain).sum(3), true[..., 0] > 0, targets)
 
 
 CLASS_LOSSES: dict[str, LabelLoss] = {loss.__name__: loss for loss in (weighted, logit_adjusted, focal)}
