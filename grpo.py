@@ -314,9 +314,7 @@ def rollout(
                 if weighting is None:
                     actions = actions if advantages is not None else actions[:, :, :0]  # nothing is learned from them
                     weighting = log_weights(choice_log_probs, categorical, actions.shape[2])
-                of_choices = value_advantages(
-                    values, choice_log_probs, batch.counted, settings.log_values
-                )
+                of_choices = value_advantages(values, choice_log_probs, batch.counted, settings.log_values)
                 advantages = join(advantages, of_choices, weighting.shape[2])
             weights = None if weighting is None else weighting.exp() * weighting.shape[2]
         log_probs = all_log_probs(policy, actions, choices=weights is not None)
