@@ -161,7 +161,8 @@ def test_the_quick_start_learns(folder, objective, bound):
     "task, metric, keys, bound",
     [
         ("segmentation", "mean_iou", [], 0.7),
-        ("segmentation", "mean_iou", ["rollout.reward=pixel_reward"], 0.65),
+        ("segmentation", "mean_iou", ["rollout.reward=mask_iou_credit", "training.best=null"], 0.7),
+        ("segmentation", "mean_iou", ["rollout.reward=pixel_reward", "training.best=eval/reward"], 0.65),
         ("detection", "ap50", [], 0.25),
         ("detection", "ap50", ["rollout.reward=detection_reward", "rollout.actions_per_sample=16"], 0.25),
         ("detection", "ap50", ["training.objective=supervised", "detection.supervised_loss=log_prob"], 0.25),
