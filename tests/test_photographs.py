@@ -14,18 +14,21 @@ import photographs
 import pytest
 import torch
 from cells import DATA_SETS, FOLDS
+from conftest import TINY, make_folders
 from dice_of_one import dice_of_one
 from experiments import Figures
 from photographs import BY_REWARD, LABEL_TRICK, Runs, Source
 from PIL import Image
 from price_list import COSTS, price_list
 
-from build import configure, load_rewards
+from build import build_model, configure, load_rewards
+from checkpoint import save_checkpoint
 from coco_ap import average_precision
-from config import parse_override, read_yaml
+from config import flatten, parse_override, read_yaml
 from data_types import TensorMiniBatch
 from deciding import Decider, Decision
 from detection_task import BoxEvaluation, best_thresholds, f1_curves, mean_f1
+from grpo import keyed_rng
 from scores import READY, ConfusionScore
 from segmentation_task import Segmentation
 from vision_task import Classification
@@ -414,6 +417,37 @@ def test_tables_are_means_paired_differences_and_intervals(filled, monkeypatch, 
     photographs.draw_chart(figures, tmp_path / "chart.png")
     assert Image.open(tmp_path / "chart.png").size[0] > 500
     assert "then 6 methods with 2 settings each: 28 runs of 2 steps" in photographs.tried()
+
+
+def test_of_a_run_is_kept_what_was_trained_and_what_the_whole_network_predicts(tmp_path, monkeypatch):
+    """Through the tokens that are the same for all runs; weights that were frozen otherwise are refused."""
+    monkeypatch.setattr(photographs, "ROOT", tmp_path)
+    make_folders(tmp_path)
+    runner = Runs(Figures(tmp_path / "f.json"), Source(tmp_path, tmp_path / "vit.pth"))
+    run, other = photographs.runs_of(STUDY, "label", next(iter(SETTINGS)), "x")[:2]
+    cells.make_folds(tmp_path / "train", photographs.folds_of(STUDY))
+    config, task = configure(("", flatten(TINY, "") | {"training.freeze_blocks": 1, "model.dropout": 0.5}))
+    model = build_model(task, 3, torch.device("cpu"))
+    about = {"config": config, "classes": ["0", "1", "4"], "model": model.state_dict(), "step": 1, "optimizer": {}}
+    for name in (run.name, other.name):
+        save_checkpoint(about, tmp_path / "ckpt" / name, best=False, keep=1)
+        (tmp_path / "logs" / name).mkdir(parents=True)
+    runner.judge(run)
+    found = runner.predictions(run, "held")
+    dataset = task.open(str(tmp_path / "folds" / "cifar10" / "0" / "held"), about["classes"])
+    with keyed_rng(0, "predict"):
+        masks = model.sample_masks(1, judging.PASSES)
+    masks = {name: mask.expand(len(dataset), -1, -1, -1) for name, mask in masks.items()}
+    outputs = task.network(model)(torch.stack([dataset[i] for i in range(len(dataset))]), masks)
+    assert torch.allclose(found["probs"], outputs.softmax(-1).mean(1), atol=1e-5) and len(found["unit"].unique()) == 6
+    assert torch.equal(found["targets"], dataset.targets) and not (tmp_path / "ckpt" / run.name).exists()
+    kept = photographs.load(runner.path("models", run))["model"]
+    assert set(kept) == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(runner.predictions(run, "eval")["targets"]) == 12
+    about["model"]["cls_token"] += 1
+    save_checkpoint(about, tmp_path / "ckpt" / other.name, best=False, keep=1)
+    with pytest.raises(SystemExit, match="of other weights than --start"):
+        runner.judge(other)
 
 
 def test_pictures_are_of_the_images_that_differ_most():

@@ -34,7 +34,7 @@ from judging import PASSES, Found, pool, resample
 from studies import LABEL, ROOT
 from torch.utils.tensorboard import SummaryWriter
 
-from build import build_model, configure, open_set
+from build import build_model, configure, layer_of, open_set
 from checkpoint import load_checkpoint
 from config import flatten
 from evaluation import draw_sheet, load_pyplot
@@ -95,20 +95,13 @@ def folds_of(study: DataSet) -> Path:
     return ROOT / "folds" / study.name
 
 
-class Opened(NamedTuple):
-    """A folder's data set, and its batches with the tokens that leave the frozen blocks, the same for all models."""
-
-    dataset: object
-    batches: list[tuple]
-
-
 class Runs(Runner):
     """Of a finished run what was trained, and its predictions, are kept in experiments/; `figures` has that it is
     finished."""
 
     def __init__(self, figures: Figures, source: Source, jobs: int = 0, deadline: float = math.inf):
         super().__init__(figures, jobs, deadline, source)
-        self.opened: dict[str, Opened] = {}
+        self.opened: dict[str, tuple] = {}  # a folder's data set, its batches with the tokens that leave frozen blocks
 
     def run(self, run: Run) -> dict | None:
         if self.jobs:
@@ -121,8 +114,8 @@ class Runs(Runner):
         """Keeps what a run has trained and its predictions for the held-out fold; its checkpoint goes, if nothing
         starts from it."""
         state = load_checkpoint(ROOT / "ckpt" / run.name)
-        model = self.open_model(state)[1]
-        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        depth, frozen = (state["config"][x][y] for x, y in (("model", "depth"), ("training", "freeze_blocks")))
+        names = [name for name in state["model"] if layer_of(name, depth) > frozen]
         trunk, kept = self.trunk(run.study), {name: state["model"].pop(name) for name in names}
         if not trunk.exists():
             save({"model": state["model"]}, trunk)
@@ -140,36 +133,32 @@ class Runs(Runner):
     def path(self, folder: str, run: Run, part: str = "") -> Path:
         return ROOT / folder / f"{run.name}{part and '-'}{part}.pt"
 
-    def open_model(self, state: dict) -> tuple:
-        """Task and model of a checkpoint's state."""
-        _, task = configure(("checkpoint", flatten(state["config"], "checkpoint")))
-        model = build_model(task, len(state["classes"]), torch.device("cpu"))
-        model.load_state_dict(state["model"])
-        return task, model
-
     @torch.no_grad()
     def outputs(self, run: Run, part: str):
         """task, data set and, batch for batch, the outputs [B, T, …] for a part: held or eval. The passes are PASSES
         functions, drawn from the run's seed, the same for every image."""
         state, trunk = load(self.path("models", run)), load(self.trunk(run.study))
-        task, model = self.open_model(state | {"model": trunk["model"] | state["model"]})
+        _, task = configure(("checkpoint", flatten(state["config"], "checkpoint")))
+        model = build_model(task, len(state["classes"]), torch.device("cpu"))
+        model.load_state_dict(trunk["model"] | state["model"])
         blocks = kept_blocks(task.config["model"], task.config["training"]["freeze_blocks"])
         folder = str(folds_of(run.study) / str(run.fold) / "held" if part == "held" else self.base.data / "eval")
         if folder not in self.opened:
             dataset, batches, data = open_set(task, folder, state["classes"]), [], task.config["data"]
             for batch in ordered_batches(dataset, CHUNK):
                 batches.append((batch, model.trunk(prepare(batch.inputs, data["mean"], data["std"]), blocks)))
-            self.opened[folder] = Opened(dataset, batches)
+            self.opened[folder] = dataset, batches
+        dataset, batches = self.opened[folder]
         with keyed_rng(run.fold, "predict"):
             masks = model.sample_masks(1, PASSES)
 
         def stream():
-            for batch, tokens in self.opened[folder].batches:
+            for batch, tokens in batches:
                 own = {name: mask.expand(len(batch), -1, -1, -1) for name, mask in masks.items()}
                 with torch.no_grad():
                     yield batch, task.arrange(model(tokens, own, start=blocks))
 
-        return task, self.opened[folder].dataset, stream()
+        return task, dataset, stream()
 
     def predictions(self, run: Run, part: str) -> Found:
         path = self.path("predictions", run, part)
@@ -459,7 +448,7 @@ def draw_chart(figures: Figures, path: Path) -> None:
     axes.set_yticks(places, [score.name for score, _ in rows])
     axes.invert_yaxis()
     axes.set(xlim=(0, 1), xlabel="score on the evaluation images, mean of five models; bars: 95 % of resamples")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.08), ncols=3, frameon=False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)
 
