@@ -23,8 +23,11 @@ from scores import READY
 
 FOLDS = 5
 LABEL_COEF = "training.label_coef=0.3"
-# keys that this version has not yet: a run goes without them
-NEW = () if "training.supervised_loss" in schema_of() else ("training.supervised_loss=", "data.token_cache")
+THERE = {
+    "training.supervised_loss=": "training.supervised_loss" in schema_of(),
+    "data.token_cache": schema_of()["data.token_cache"].valid("keep"),
+}
+NEW = tuple(begin for begin, there in THERE.items() if not there)  # overrides that runs of this version go without
 
 
 @dataclass(frozen=True, eq=False)

@@ -329,7 +329,8 @@ def again(runner: Runs, figures: Figures, cell: Cell, fold: int) -> bool:
     second = Runs(Figures(ROOT / "again.json"), runner.base, 1)
     second.opened = runner.opened
     runs = [fresh if run.fold == fold else run for run in cell.runs]
-    if not all([*runner.run_all([run for run in runs if run is not fresh]).values(), second.run(fresh)]):
+    others = [run for run in runs if run is not fresh] if cell.decided else []  # what the decision is fitted on
+    if not all([*runner.run_all(others).values(), second.run(fresh)]):
         raise SystemExit("a run of it did not end")
     decision = cell.score.judge.fit(pool([runner.predictions(run, "held") for run in runs])) if cell.decided else None
     value, kept = cell.score.judge.value(runner.predictions(fresh, "eval"), decision), figures.get(*cell.keys)
