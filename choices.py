@@ -65,15 +65,28 @@ def expected_advantages(rewards: Tensor, log_weights: Tensor, estimator: str) ->
     return rewards.shape[2] * torch.where(dead & advantages.isfinite(), 0.0, advantages)
 
 
-def value_advantages(values: Tensor, log_probs: Tensor, counted: Tensor | None = None) -> Tensor:
+def value_advantages(
+    values: Tensor, log_probs: Tensor, counted: Tensor | None = None, log_values: bool = False
+) -> Tensor:
     """Of the values of each element's choices (`Credit`), [B, T, E…, K]: π(k) · (value_k - Σ_j π(j) value_j), in the
     layout of the choices' log_probs, [B, T, K, E…]. Exactly 0 where all values are equal, and where an element does
-    not count. counted: [B, E…] bool; None: all."""
+    not count. counted: [B, E…] bool; None: all.
+
+    log_values: what is climbed is not the mean value μ above the lowest choice's, but Δ · log μ, Δ the highest value
+    above the lowest one (both means over the passes): maxrl's advantages times Δ. By log x <= x - 1 this climbs a lower
+    bound, Δ · (1 + log(μ / Δ)) <= μ, equal where the best choice is certain. A choice that is rare is learned as soon
+    as one that is not. If one choice alone is worth anything, this is its cross-entropy times its value.
+    """
     values, probs = values.movedim(-1, 2), log_probs.exp()
-    centred = values - (probs * values).sum(2, keepdim=True)
     live = values.amax(2, keepdim=True) != values.amin(2, keepdim=True)
     live = live if counted is None else live & counted[:, None, None]
-    return torch.where(live, probs * centred, 0.0)
+    if log_values:
+        above = values - values.amin(2, keepdim=True)
+        highest = above.amax(2, keepdim=True).mean(1, keepdim=True)
+        advantages = highest / values.shape[2] * expected_advantages(above, log_probs, "maxrl")
+    else:
+        advantages = probs * (values - (probs * values).sum(2, keepdim=True))
+    return torch.where(live, advantages, 0.0)
 
 
 def join(advantages: Tensor | None, of_choices: Tensor, num_actions: int) -> Tensor:

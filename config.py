@@ -144,9 +144,12 @@ SCHEMA: dict[str, Key] = {  # of every run; a task has further keys of its own (
     "data.cache": Key("auto", str, "keep decoded images; auto: if they fit", **one_of("auto", "always", "never")),
     "data.cache_limit_gb": Key(4.0, float, "what fits into memory: decoded images, then tokens, in GB", **at_least(0)),
     "data.token_cache": Key(
-        "auto", str, "keep the tokens that leave frozen blocks, in memory or in a file", **one_of("auto", "never")
+        "auto",
+        str,
+        "keep the tokens that leave frozen blocks, in memory or in a file; keep: for later runs too",
+        **one_of("auto", "keep", "never"),
     ),
-    "data.token_cache_dir": Key(None, str, "folder of that file; null: training.ckpt_dir", path=True),
+    "data.token_cache_dir": Key(None, str, "folder of the files of tokens; null: training.ckpt_dir", path=True),
     "data.token_dtype": Key("float32", str, "numbers that are kept", **one_of("float32", "bfloat16")),
     "rollout.num_mc_samples": Key(4, int, "T, Monte Carlo Dropout passes per image", **at_least(1)),
     "rollout.actions_per_sample": Key(16, int, "A, actions drawn per pass (1 for action: argmax)", **at_least(1)),
@@ -158,6 +161,7 @@ SCHEMA: dict[str, Key] = {  # of every run; a task has further keys of its own (
     ),
     "rollout.max_choices": Key(1000, int, "the most choices of an element for action: all", **at_least(2)),
     "rollout.advantage": Key("maxrl", str, "advantage estimator", **one_of("grpo", "rloo", "maxrl")),
+    "rollout.log_values": Key(False, bool, "of scores and credits climb the logarithm: what is rare is learned too"),
     "rollout.reward": Key(
         None,
         dict,

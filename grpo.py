@@ -76,13 +76,15 @@ def nll(policy: Distribution, targets: Tensor) -> Tensor:
 class RolloutSettings:
     """How the group of an image is made and judged. num_mc_samples: T. actions_per_sample: A. action: `sample`, or
     `argmax` (the mode of each pass, A = 1), or `all` (every choice, of which there may be max_choices, weighted by its
-    probability; elements without choices are still sampled). advantage: the estimator, see `compute_advantages`."""
+    probability; elements without choices are still sampled). advantage: the estimator, see `compute_advantages`.
+    log_values: see `value_advantages`."""
 
     num_mc_samples: int = 4
     actions_per_sample: int = 16
     action: str = "sample"
     advantage: str = "maxrl"
     max_choices: int = 1000
+    log_values: bool = False
 
 
 @dataclass(frozen=True)
@@ -312,7 +314,9 @@ def rollout(
                 if weighting is None:
                     actions = actions if advantages is not None else actions[:, :, :0]  # nothing is learned from them
                     weighting = log_weights(choice_log_probs, categorical, actions.shape[2])
-                of_choices = value_advantages(values, choice_log_probs, batch.counted)
+                of_choices = value_advantages(
+                    values, choice_log_probs, batch.counted, settings.log_values
+                )
                 advantages = join(advantages, of_choices, weighting.shape[2])
             weights = None if weighting is None else weighting.exp() * weighting.shape[2]
         log_probs = all_log_probs(policy, actions, choices=weights is not None)

@@ -32,7 +32,7 @@ from grpo import rollout, size_of, update_policy
 from images import BadImages, Loading, fingerprint, micro_batches
 from report import Clock, Console, Log, count_dead_steps, log_interval, read_rows
 from scores import open_scores
-from token_cache import open_networks
+from token_cache import keep_tokens, open_networks
 
 REPLAY_BELOW = 0.6  # share of live groups below which a forward pass without a graph + a replay of the live is cheaper
 
@@ -172,6 +172,7 @@ def train(args: argparse.Namespace) -> int:
         if stopping or ended:
             break
     log.close()
+    keep_tokens(network)
     if stopping and not ended and done < training.steps:
         console.line(f"stopped after step {done}, saved {path}; go on with --resume {run_dir}")
         return 128 + stopping

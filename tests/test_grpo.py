@@ -90,7 +90,7 @@ def credit(actions, outputs, targets, metadata):
 
 def roll(model, batch, rewards=correct, T=2, A=2, action="sample", advantage="maxrl", **options) -> Episode:
     rewards = rewards if isinstance(rewards, dict) else {"r": (rewards, 1.0)}
-    how = grpo.RolloutSettings(T, A, action, advantage)
+    how = grpo.RolloutSettings(T, A, action, advantage, log_values=options.pop("log_values", False))
     return grpo.rollout(model, batch, rewards, adapter_of(batch.targets), how, **options)
 
 
@@ -648,6 +648,35 @@ def test_values_of_alternatives_are_taken_exactly(action, beside, keep_graph):
     episode = roll(model, batch, rewards, **options)
     metrics = update(model, [episode], lr=2.0, update_epochs=3)[1]
     assert metrics["policy/clip_fraction"] > 0
+
+
+@pytest.mark.parametrize("keep_graph", [True, False])
+def test_log_values_climb_the_logarithm_of_the_expected_value(keep_graph):
+    """Δ · log of Σ_k π(k) · value_k above the lowest value, mean over the passes first: its gradient by autograd."""
+    model, batch = model_and_batch("counted")
+    episode = roll(model, batch, {"values": (values_of, 3.0)}, A=3, log_values=True, keep_graph=keep_graph)
+    outputs = model(batch.inputs, episode.masks)
+    values = 3 * values_of(torch.zeros(4, 2, 1, 3), outputs.detach(), batch.targets, {}).values
+    above = values - values.amin(-1, keepdim=True)
+    expected = (elements_adapter(outputs).probs * above).sum(-1).mean(1)  # [B, E…]
+    exact = gradient_of(model, -(above.amax(-1).mean(1) * expected.log())[COUNTED].mean())
+    gradient, metrics = update(model, [episode])
+    assert_close(gradient, exact)
+    assert metrics["groups/live"] == 0.75  # in one image nothing counts
+
+
+@pytest.mark.parametrize("gap", [1.0, 95.0, 2000.0])
+def test_log_values_of_one_choice_are_its_cross_entropy(gap):
+    """Times its value, also where its probability is below float32's smallest number; 0 where all values are equal."""
+    logits = torch.tensor([[[0.0, gap, 1.0]]], requires_grad=True)
+    policy = classification_policy_adapter(logits)
+    _, log_probs, _ = choices.every_choice(policy)
+    values = torch.tensor([[[2.5, -0.5, -0.5]]])
+    advantages = choices.value_advantages(values, log_probs.detach(), log_values=True)
+    loss = grpo.clipped_loss(log_probs, log_probs.detach(), advantages, 0.2, 0.28)[0].sum(2).mean()
+    label = 3 * F.cross_entropy(logits[0], torch.tensor([0]))
+    assert_close(torch.autograd.grad(loss, logits)[0], torch.autograd.grad(label, logits)[0], 1e-5)
+    assert (choices.value_advantages(torch.full((1, 1, 3), 7.3), log_probs.detach(), log_values=True) == 0).all()
 
 
 def test_values_of_another_shape_are_refused():
