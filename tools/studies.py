@@ -143,14 +143,20 @@ DOUBT = {
     f"dropout {dropout} entropy {entropy}": [f"model.dropout={dropout}", f"training.entropy_coef={entropy}"]
     for dropout, entropy in ((0.5, 0.3), (0.5, 0.1), (0.5, 0.03), (0.7, 0.3), (0.7, 0.1))
 }
+LOG_IOU = ["rollout.reward=mean_iou", "rollout.log_values=true", NO_BONUS]
 PIXELS = {"mean_iou": "mean IoU", "pixel_accuracy": "pixel accuracy"}
 DIGITS = folders("data/train", "data/eval")
 
 
 def tuned_by_score(score: str, heading: str) -> Stage:
-    """On the long-tailed digits: going on by the label, by the score, and by both."""
+    """On the long-tailed digits: going on by the label, by the score, by its logarithm, and by score and label."""
     by_score = [f"rollout.reward={score}", "rollout.action=all"]
-    methods = {"label": LABEL, score: by_score, f"{score} + label": [*by_score, "training.label_coef=0.3"]}
+    methods = {
+        "label": LABEL,
+        score: by_score,
+        f"log {score}": [*by_score, "rollout.log_values=true"],
+        f"{score} + label": [*by_score, "training.label_coef=0.3"],
+    }
     steps = {name: [*method, "training.steps=300"] for name, method in methods.items()}
     columns = {score: heading, "accuracy": "accuracy"}
     return Stage(f"long-tail-{score}", steps, rates(1e-3, **DOUBT), columns, "label", paired="label")
@@ -158,12 +164,11 @@ def tuned_by_score(score: str, heading: str) -> Stage:
 
 def masks(name: str, data: Callable, marker: str) -> Study:
     """Masks from scratch, and tuned from the label's checkpoints for half as many steps."""
-    by_score = ["rollout.reward=mean_iou", "training.entropy_coef=0.1"]
     methods = {
         "label": [*LABEL, NO_BONUS],
         "mask_iou_credit": ["rollout.reward=mask_iou_credit"],
-        "mean_iou": by_score,
-        "mean_iou + label": [*by_score, "training.label_coef=0.3"],
+        "log mean_iou": LOG_IOU,
+        "log mean_iou + label": [*LOG_IOU, "training.label_coef=0.3"],
     }
     tuning = {method: [*keys, "training.steps=300"] for method, keys in methods.items()}
     scratch = Stage(marker, methods, rates(4e-3, 8e-3), PIXELS, paired="label")
@@ -245,8 +250,7 @@ STUDIES = {
             Stage(
                 "micrographs",
                 {"label": [*LABEL, NO_BONUS]}
-                | with_label({"mask_iou_credit": ["rollout.reward=mask_iou_credit"],
-                              "mean_iou": ["rollout.reward=mean_iou", "training.entropy_coef=0.1"]}),
+                | with_label({"mask_iou_credit": ["rollout.reward=mask_iou_credit"], "log mean_iou": LOG_IOU}),
                 rates(2e-3, 4e-3), PIXELS, paired="label",
             ),
         ),
