@@ -36,7 +36,7 @@ from deciding import Decider, decision_path, digest, load_decision
 from detection_task import Detection
 from evaluation import evaluate
 from frame import Frame
-from grpo import Reward, RolloutSettings, UpdateSettings, keyed_rng
+from grpo import Reward, RolloutSettings, SupervisedLoss, UpdateSettings, keyed_rng
 from images import (
     BadImages,
     Batches,
@@ -49,6 +49,7 @@ from images import (
     shared_memory_note,
     stream_batches,
 )
+from label_losses import BY_COUNTS
 from pretrained import load_weights, read_pretrained
 from processes import rank_and_world
 from report import Console
@@ -197,12 +198,36 @@ def rollout_settings(config: dict) -> RolloutSettings:
     return RolloutSettings(**{name: config["rollout"][name] for name in RolloutSettings.__dataclass_fields__})
 
 
+def supervised_loss(task: Task) -> SupervisedLoss:
+    """`Task.supervised_loss` by training.supervised_loss, also where a task's own has no parameter `counted`. Raises
+    InputError for a name that the task has not."""
+
+    def definer(member: str) -> type:
+        return next(parent for parent in type(task).__mro__ if member in vars(parent))
+
+    own = not issubclass(definer("losses"), definer("supervised_loss"))  # a loss that knows nothing of the names
+    names = ["cross_entropy", *(() if own else task.losses)]
+    if (name := task.config["training"]["supervised_loss"]) not in names:
+        raise InputError(f"training.supervised_loss: {name!r} is not allowed; expected {' | '.join(names)}")
+    if "counted" in inspect.signature(task.supervised_loss).parameters:
+        return task.supervised_loss
+    return lambda policy, targets, counted: task.supervised_loss(policy, targets)
+
+
+def hand_over_counts(task: Task, train_set: ImageDataset) -> None:
+    """The class counts of the training set, for the losses that need them. Raises InputError."""
+    name = task.config["training"]["supervised_loss"]
+    if name in BY_COUNTS and type(task).count_classes is Task.count_classes and not hasattr(train_set, "targets"):
+        raise InputError(f"training.supervised_loss: {name}: without `targets` of the data set it needs count_classes")
+    task.class_counts = task.count_classes(train_set) if name in BY_COUNTS else None
+
+
 def update_settings(task: Task, per_rank: int) -> UpdateSettings:
     """UpdateSettings of the config. per_rank: images of a batch that this process has."""
     training = task.config["training"]
     micro_batch_size = training["micro_batch_size"] or per_rank
     pad_to = max(micro_batch_size // 4, 1) if task.config["model"]["compile"] else 1
-    own = {"supervised_loss": task.supervised_loss, "micro_batch_size": micro_batch_size, "pad_to": pad_to}
+    own = {"supervised_loss": supervised_loss(task), "micro_batch_size": micro_batch_size, "pad_to": pad_to}
     return UpdateSettings(**{name: (training | own)[name] for name in UpdateSettings.__dataclass_fields__})
 
 
@@ -504,6 +529,7 @@ def open_data(task: Task, state: dict | None, console: Console) -> tuple[ImageDa
     if wanted not in (None, found):
         raise InputError(f"model.num_classes: {wanted}, but {data.train_dir} holds {found} classes; set it to null")
     check_augment(task, train_set)
+    hand_over_counts(task, train_set)
     cropped = bool(Settings.of(data.augment).crop)
     cache, size = keep_decoded(data, None if cropped else train_set, eval_set)
     kept = "kept in memory after the first epoch" if cache else "decoded again each epoch"

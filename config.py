@@ -52,6 +52,7 @@ SPREADS = {
 }
 BETAS = {"rule": "two numbers >= 0 and < 1", "valid": lambda value: len(value) == 2 and all(0 <= x < 1 for x in value)}
 NAMES = {"rule": "at least one name", "valid": lambda value: value and all(isinstance(name, str) for name in value)}
+LOSSES = "cross_entropy | weighted | logit_adjusted | focal, of masks also dice | lovasz"  # each task has its own
 NULL = {"optional": True}  # null is as if left out
 FOLDER = {"rule": "the name of a folder", "valid": lambda value: value not in ("", ".", "..") and "/" not in value}
 
@@ -169,6 +170,7 @@ SCHEMA: dict[str, Key] = {  # of every run; a task has further keys of its own (
         **NAMES,
     ),
     "training.objective": Key("grpo", str, "learn from rewards, or from labels", **one_of("grpo", "supervised")),
+    "training.supervised_loss": Key("cross_entropy", str, "of labels; for boxes that of the patches' classes", LOSSES),
     "training.steps": Key(1000, int, "batches of experience to learn from", **at_least(1)),
     "training.batch_size": Key(64, int, "images per step", **at_least(1)),
     "training.micro_batch_size": Key(None, int, "images at a time; null: batch_size", **at_least(1)),

@@ -22,7 +22,7 @@ from scores import ConfusionScore, Score, count_confusion, gradient
 
 ITERATIONS = 50
 LEAST_COUNT = 1e-3  # of a cell of the confusion matrix: its gradient is finite
-MOST_ELEMENTS = 500_000  # that a fit looks at, evenly spread over the hold-out; pixels are many
+MOST_ELEMENTS = 500_000  # that a fit looks at, drawn from the hold-out; pixels are many
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,9 @@ def fit(score: Score | None, probs: Tensor, targets: Tensor, counted: Tensor | N
     if counted is not None:
         probs, targets = probs[counted], targets[counted]
     probs, targets = probs.reshape(-1, lead, probs.shape[-1]), targets.reshape(-1, lead)
-    spread = slice(None, None, max(-(-len(probs) // MOST_ELEMENTS), 1))
-    probs, targets = probs[spread], targets[spread]
+    if len(probs) > MOST_ELEMENTS:  # drawn: every fourth pixel would be every fourth column, one place in each patch
+        drawn = torch.randint(len(probs), (MOST_ELEMENTS,), generator=torch.Generator().manual_seed(0))
+        probs, targets = probs[drawn], targets[drawn]
     log_probs = probs.clamp(min=torch.finfo(torch.float32).tiny).log()
     scale, bias = calibrate(log_probs, targets)
     found = {"scale": scale.tolist(), "bias": bias.tolist()}

@@ -27,11 +27,13 @@ from folders import plain_name, upright_size
 from frame import Crop, Frame, to_file, to_input
 from grpo import compute_advantages, nll
 from images import ImageDataset, draw_mirrored
+from label_losses import CLASS_LOSSES
 from set_credit import THRESHOLDS, set_values
 from vision_task import Task
 
 BOX_PIXELS = 192  # side of a picture with boxes
 SHOWN_SCORE = 0.5  # of boxes in words and pictures; --json has all from detection.score_threshold on
+MOST_COUNTED = 5000  # images whose patches are counted before a run
 MAX_LOG_SIZE = math.log(1000.0)  # patches; beyond lies overflow, not a box
 
 
@@ -524,6 +526,7 @@ class Detection(Task):
         reward.__name__: reward
         for reward in (detection_reward, detection_f1_reward, detection_set_credit, detection_set_credit_50)
     }
+    losses = CLASS_LOSSES
     best = "eval/map"
     dense = True
     thresholds: dict[str, float] | None = None  # by class, the least score of a detection, where one was fitted
@@ -555,9 +558,25 @@ class Detection(Task):
         boxes = torch.stack([x.clamp(0, most) for x, most in zip(boxes, (width, height) * 2)], -1)
         return {"boxes": boxes, "probabilities": policy.classes.probs}
 
-    def supervised_loss(self, policy: ClassAndBox, targets: Tensor) -> Tensor:
+    def count_classes(self, dataset: DetectionDataset) -> Tensor:
+        """Patches of each class that count, the background last, [K + 1]: of all images, or of an even sample."""
+        counts, n = torch.zeros(len(dataset.classes) + 1, dtype=torch.int64), len(dataset)
+        most = min(n, MOST_COUNTED)
+        for part in (torch.arange(most) * n // most).split(256):
+            batch = dataset.batch(part, part)  # its targets do not depend on what the images show
+            labels = batch.targets[:, 0, :, 0][batch.counted[:, 0]].long()
+            counts += torch.bincount(labels, minlength=len(counts))
+        return counts
+
+    def supervised_loss(self, policy: ClassAndBox, targets: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Of the boxes detection.supervised_loss, of the classes training.supervised_loss."""
         log_prob = self.config["detection"]["supervised_loss"] == "log_prob"
-        return nll(policy, targets) if log_prob else cross_entropy_iou_loss(policy, targets)
+        loss = nll(policy, targets) if log_prob else cross_entropy_iou_loss(policy, targets)
+        if self.config["training"]["supervised_loss"] == "cross_entropy":
+            return loss
+        counted = None if counted is None else counted[:, 0]
+        classes = super().supervised_loss(policy.classes, targets[..., 0, :, 0], counted)
+        return torch.stack([classes, loss[..., 1, :]], -2)
 
     def mirror(self, batch: TensorMiniBatch) -> TensorMiniBatch:
         return self.turn(batch, F.pad(draw_mirrored(batch.inputs)[:, None], (1, 1)))

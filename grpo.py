@@ -23,7 +23,7 @@ from data_types import Credit, Episode, InputError, TensorMiniBatch
 # reward(actions [B, T, A, E…], outputs [B, T, …], targets [B, E…], metadata) -> [B, T, A] or [B, T, A, E…]
 Reward = Callable[[Tensor, Tensor, Tensor, dict], Tensor | Credit]
 PolicyAdapter = Callable[[Tensor], Distribution]
-SupervisedLoss = Callable[[Distribution, Tensor], Tensor]  # (policy, targets [B, T, 1, E…]) -> [B, T, 1, E…]
+SupervisedLoss = Callable[[Distribution, Tensor, Tensor | None], Tensor]  # policy, targets, counted -> [B, T, 1, E…]
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def all_log_probs(policy: Distribution, actions: Tensor, choices: bool) -> Tenso
     return torch.cat([action_log_prob(policy, actions), log_probs], 2) if actions.shape[2] else log_probs
 
 
-def nll(policy: Distribution, targets: Tensor) -> Tensor:
+def nll(policy: Distribution, targets: Tensor, counted: Tensor | None = None) -> Tensor:
     """-log π(targets) of targets [B, T, 1, E…], in the same layout: what learning from labels minimises."""
     return -action_log_prob(policy, targets)
 
@@ -92,8 +92,8 @@ class UpdateSettings:
     """What is minimised, and how.
 
     objective: `grpo`, clipped surrogate + label_coef * supervised_loss + kl_coef * KL(policy || reference) -
-        entropy_coef * entropy; or `supervised`, supervised_loss(policy, targets) under the same passes, per element,
-        with the last two terms.
+        entropy_coef * entropy; or `supervised`, supervised_loss(policy, targets, counted) under the same passes, per
+        element, with the last two terms.
     clip_low, clip_high: the ratio is clipped to 1 - clip_low … 1 + clip_high. update_epochs: steps per rollout.
     max_grad_norm: of all gradients. micro_batch_size: images at a time in a replay. pad_to: see `select_live`.
     """
@@ -314,9 +314,7 @@ def rollout(
                 if weighting is None:
                     actions = actions if advantages is not None else actions[:, :, :0]  # nothing is learned from them
                     weighting = log_weights(choice_log_probs, categorical, actions.shape[2])
-                of_choices = value_advantages(
-                    values, choice_log_probs, batch.counted, settings.log_values
-                )
+                of_choices = value_advantages(values, choice_log_probs, batch.counted, settings.log_values)
                 advantages = join(advantages, of_choices, weighting.shape[2])
             weights = None if weighting is None else weighting.exp() * weighting.shape[2]
         log_probs = all_log_probs(policy, actions, choices=weights is not None)
@@ -393,7 +391,7 @@ def policy_loss(
     if supervised or settings.label_coef:
         targets = episode.metadata["targets"]  # [B, E…] -> an action of each pass, [B, T, 1, E…]
         targets = targets[:, None, None].expand(len(targets), log_probs.shape[1], 1, *targets.shape[1:])
-        label_loss = mean_counted(settings.supervised_loss(policy, targets), counted)
+        label_loss = mean_counted(settings.supervised_loss(policy, targets, counted), counted)
         loss = label_loss if supervised else settings.label_coef * label_loss
     if not supervised:
         clip = settings.clip_low, settings.clip_high

@@ -285,8 +285,8 @@ class MaskClasses:
     """What the pixel values of a folder's masks stand for, decided over the masks themselves before a run.
 
     classes: of the training folder, by id; None: this is it. num_classes, value_255, colours: the config's. skip: files
-    that cannot be read are no error. Has classes, ids (see `class_ids`), value_255 and colours as decided, and notes.
-    Raises InputError.
+    that cannot be read are no error. Has classes, ids (see `class_ids`), value_255 and colours as decided, notes, and
+    the sums over the masks of the classes' shares of them, [K]. Raises InputError.
     """
 
     def __init__(
@@ -329,6 +329,8 @@ class MaskClasses:
             for path, row in zip(looked_at, counts * (self.ids == NO_CLASS))
             if row.any()
         ])  # fmt: skip
+        shares = (counts / counts.sum(1, keepdims=True).clip(min=1)).sum(0)
+        self.shares = np.bincount(self.ids, shares, minlength=256)[: len(self.classes)]
         self.say_what_counts(root, np.bincount(self.ids, counts.sum(0), minlength=256), seen)
 
     def name_two(self, root: str, seen: set[int]) -> list[str]:

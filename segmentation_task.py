@@ -19,6 +19,7 @@ from evaluation import DenseEvaluation, confusion_matrix, draw_confusion, predic
 from folders import upright_size
 from frame import Crop, Frame
 from images import ImageDataset, decode_image, draw_mirrored, mirror
+from label_losses import MASK_LOSSES
 from mask_files import IGNORED, MaskClasses, check_sizes, decode_mask, find_pairs
 from vision_task import Task
 
@@ -217,6 +218,7 @@ class Segmentation(Task):
         ),
     }
     rewards = {"mask_iou_credit": mask_iou_credit, "mask_iou_reward": mask_iou_reward, "pixel_reward": pixel_reward}
+    losses = MASK_LOSSES
     best = "eval/mean_iou"
     dense = True
 
@@ -229,6 +231,11 @@ class Segmentation(Task):
         if classes is None:
             own |= {"value_255": dataset.masks.value_255, "colours": dataset.masks.colours}
         return dataset
+
+    def count_classes(self, dataset: SegmentationDataset) -> Tensor:
+        """Not pixels, but the sum over the masks of each class's share of a mask, which was counted when they were
+        opened: as in training each image weighs the same."""
+        return torch.from_numpy(dataset.masks.shares)
 
     def head_size(self, num_classes: int) -> int:
         return self.config["model"]["patch_size"] ** 2 * num_classes

@@ -11,6 +11,7 @@ from torch.distributions import Categorical, Distribution
 from torch.utils.data import Dataset
 
 from augment import turned
+from choices import every_choice
 from config import Key
 from data_types import InputError, TensorMiniBatch
 from evaluation import (
@@ -25,6 +26,7 @@ from folders import SUFFIXES, class_notes, find_classes, find_images, not_read_n
 from frame import Frame
 from grpo import Reward, classification_policy_adapter, nll
 from images import ImageDataset, Prepared, draw_mirrored, mirror
+from label_losses import CLASS_LOSSES, LabelLoss
 
 
 class Task:
@@ -36,6 +38,8 @@ class Task:
 
     keys: dict[str, Key] = {}  # config keys of its own: "section.key" -> default, type, meaning, range
     rewards: dict[str, Reward] = {}  # the names that rollout.reward takes; the first is the default
+    losses: dict[str, LabelLoss] = {}  # the names that training.supervised_loss takes beside cross_entropy
+    class_counts: Tensor | None = None  # of the training set, where the loss needs them, see `count_classes`
     best: str | None = None  # the metric by which best.pt is chosen; None: the first, of eval/
     lower_is_better: tuple[str, ...] = ("nll", "ece")  # metrics; of the others more is better
     dense = False  # whether the head reads each patch token, instead of the class token
@@ -80,9 +84,17 @@ class Task:
         """What an exported model returns: arranged outputs [B, …] -> name -> [B, …]."""
         return {"probabilities": self.probabilities(outputs)}
 
-    def supervised_loss(self, policy: Distribution, targets: Tensor) -> Tensor:
-        """What `training.objective: supervised` minimises: targets [B, T, 1, E…] -> a loss of each, the same shape."""
-        return nll(policy, targets)
+    def count_classes(self, dataset: Dataset) -> Tensor:
+        """Elements of each class in the training set, [K], or [K, E…] where each element has classes of its own."""
+        return torch.bincount(dataset.targets.flatten(), minlength=len(dataset.classes))
+
+    def supervised_loss(self, policy: Distribution, targets: Tensor, counted: Tensor | None = None) -> Tensor:
+        """What `training.objective: supervised` minimises: targets [B, T, 1, E…] -> a loss of each, the same shape.
+        counted: [B, E…] bool, the elements that count; None: all."""
+        name = self.config["training"]["supervised_loss"]
+        if name == "cross_entropy":
+            return nll(policy, targets)
+        return self.losses[name](every_choice(policy)[1], targets.long(), counted, self.class_counts)
 
     def mirror(self, batch: TensorMiniBatch) -> TensorMiniBatch:
         """Half of the images left to right, drawn from torch's global generator, with all that has a place in them."""
@@ -187,6 +199,7 @@ class Classification(Task):
     """One class an image: a Categorical over the logits of the class token."""
 
     rewards = {"classification_reward": classification_reward}
+    losses = CLASS_LOSSES
 
     def open(self, root: str, classes: list[str] | None = None) -> VisionClassificationDataset:
         dataset = VisionClassificationDataset(root, Frame.from_config(self.config), classes)

@@ -18,6 +18,7 @@ from torch.distributions import Bernoulli
 from config import Key, at_least
 from data_types import InputError
 from images import ImageDataset
+from label_losses import CLASS_LOSSES
 from vision_task import Task
 
 
@@ -91,9 +92,15 @@ class Multilabel(Task):
 
     keys = {"multilabel.beta": Key(1.0, float, "above 1 a missed tag costs more than a wrong one", **at_least(0))}
     rewards = {"f_beta_reward": f_beta_reward, "macro_f1": macro_f1}
+    losses = CLASS_LOSSES
 
     def open(self, root: str, classes: list[str] | None = None) -> TaggedImages:
         return TaggedImages(root, self.config["model"]["image_size"], self.config["multilabel"]["beta"], classes)
+
+    def count_classes(self, dataset: TaggedImages) -> Tensor:
+        """Images without and with each tag: [2, K]."""
+        yes = dataset.targets.sum(0)
+        return torch.stack([len(dataset) - yes, yes])
 
     def policy(self, outputs: Tensor, progress: float = 1.0) -> Bernoulli:
         """outputs: logits [B, T, K]; in float32 or better, whatever the autocast."""

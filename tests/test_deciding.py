@@ -68,6 +68,18 @@ def test_a_fit_that_gains_nothing_leaves_the_model_as_it_is():
     assert deciding.fit(None, probs, targets, None, tags=False)["scale"][0] > 2  # without a score it is calibrated
 
 
+def test_a_fit_on_a_part_of_the_pixels_sees_every_column(monkeypatch):
+    """Masks of 8 columns of which two are noise, and room for a quarter of their pixels."""
+    probs, targets = draw(8000, 2, 3.0)
+    noise = torch.randint(2, (8000,), generator=torch.Generator().manual_seed(0))
+    targets = torch.where(torch.arange(8000) % 4 == 0, noise, targets).view(125, 8, 8)
+    probs = probs.view(125, 8, 8, 2)
+    whole = deciding.fit(scores.mean_iou, probs, targets, None, tags=False)["score"]
+    monkeypatch.setattr(deciding, "MOST_ELEMENTS", 2000)
+    part = deciding.fit(scores.mean_iou, probs, targets, None, tags=False)["score"]
+    assert part == pytest.approx(whole, abs=0.03) and part != whole
+
+
 def test_gains_of_tags_are_each_tags_own():
     first, y = draw(500, 2, 1.5)
     probs, targets = torch.stack([first, first.flip(1)], 1), torch.stack([y, 1 - y], 1)

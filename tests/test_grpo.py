@@ -808,7 +808,7 @@ def test_a_batch_without_a_live_group_has_zero_gradients(kind, reward, update_ep
 # --- KL, entropy, supervised, epochs ----------------------------------------------------------------------------------
 
 
-def squares(policy, targets):  # [B, T, 1, E…]
+def squares(policy, targets, counted):  # [B, T, 1, E…], [B, E…]
     return (policy.logits[..., 1].unsqueeze(2) - targets) ** 2
 
 

@@ -162,7 +162,8 @@ def test_the_quick_start_learns(folder, objective, bound):
     [
         ("segmentation", "mean_iou", [], 0.7),
         ("segmentation", "mean_iou", ["rollout.reward=pixel_reward"], 0.65),
-        ("detection", "ap50", ["rollout.actions_per_sample=16"], 0.25),
+        ("detection", "ap50", [], 0.25),
+        ("detection", "ap50", ["rollout.reward=detection_reward", "rollout.actions_per_sample=16"], 0.25),
         ("detection", "ap50", ["training.objective=supervised", "detection.supervised_loss=log_prob"], 0.25),
     ],
 )
@@ -390,7 +391,7 @@ MACRO_F1 = "rollout.reward={classification_reward: 1, macro_f1: 0.5}"
         ("segmentation", REGULAR, []),
         ("segmentation", [*ALL, "rollout.reward=pixel_reward"], []),
         ("detection", REGULAR, []),
-        ("detection", ALL, []),
+        ("detection", [*ALL, "rollout.reward=detection_reward"], []),
     ],
 )
 def test_stopped_in_mid_epoch_and_resumed_it_is_the_run_in_one_piece(capsys, monkeypatch, task, keys, loader):

@@ -116,6 +116,7 @@ def some_live(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict)
 def load_images(task: Task, count: int) -> TensorMiniBatch:
     """The first `count` training images, uint8; decoded into their place, so that memory sees the batch once."""
     dataset = task.open(task.config["data"]["train_dir"])
+    build.hand_over_counts(task, dataset)
     indices = torch.arange(count) % len(dataset)
     images = torch.empty(count, *item_shape(dataset), dtype=torch.uint8)
     for image, i in zip(images, indices.tolist()):
