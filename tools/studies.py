@@ -143,6 +143,7 @@ DOUBT = {
     f"dropout {dropout} entropy {entropy}": [f"model.dropout={dropout}", f"training.entropy_coef={entropy}"]
     for dropout, entropy in ((0.5, 0.3), (0.5, 0.1), (0.5, 0.03), (0.7, 0.3), (0.7, 0.1))
 }
+IOU_CREDIT = ["rollout.reward=mask_iou_credit", "rollout.log_values=false", "training.entropy_coef=0.5"]
 LOG_IOU = ["rollout.reward=mean_iou", "rollout.log_values=true", NO_BONUS]
 PIXELS = {"mean_iou": "mean IoU", "pixel_accuracy": "pixel accuracy"}
 DIGITS = folders("data/train", "data/eval")
@@ -166,7 +167,7 @@ def masks(name: str, data: Callable, marker: str) -> Study:
     """Masks from scratch, and tuned from the label's checkpoints for half as many steps."""
     methods = {
         "label": [*LABEL, NO_BONUS],
-        "mask_iou_credit": ["rollout.reward=mask_iou_credit"],
+        "mask_iou_credit": IOU_CREDIT,
         "log mean_iou": LOG_IOU,
         "log mean_iou + label": [*LOG_IOU, "training.label_coef=0.3"],
     }
@@ -176,15 +177,18 @@ def masks(name: str, data: Callable, marker: str) -> Study:
     return Study(name, "config_segmentation.yaml", data, 3, 1, 600, 3, (scratch, tuned), scores=("mean_iou",))
 
 
-SET_CREDIT = ["rollout.reward=detection_set_credit", "rollout.actions_per_sample=8"]
+BY_REWARD = ["rollout.reward=detection_reward", "training.label_coef=0"]
 BY_BOXES = {
-    "label by log_prob": [*LABEL, "detection.supervised_loss=log_prob"],
-    "label by IoU": [*LABEL, "detection.supervised_loss=iou"],
-    "detection_reward": [],
-    "detection_set_credit": SET_CREDIT,
-    "detection_reward + label": ["training.label_coef=0.3", "detection.supervised_loss=iou"],
-    "detection_set_credit + label": [*SET_CREDIT, "training.label_coef=0.3", "detection.supervised_loss=iou"],
+    "label": [*LABEL, "detection.supervised_loss=iou"],
+    "detection_reward": [*BY_REWARD, "rollout.actions_per_sample=64"],
+    "detection_reward, all": [*BY_REWARD, "rollout.action=all", "rollout.actions_per_sample=8"],
+    "detection_set_credit + label": ["rollout.reward=detection_set_credit", "training.label_coef=0.3"],
 }
+TUNED_BOXES = BY_BOXES | {
+    "label by log_prob": [*LABEL, "detection.supervised_loss=log_prob"],
+    "detection_set_credit": ["rollout.reward=detection_set_credit", "training.label_coef=0"],
+}
+TUNED_BOXES.pop("detection_reward, all")
 BOXES = {"map": "mAP@[.5:.95]", "ap50": "AP50", "ap75": "AP75", "f1": "F1@0.5", "mean_f1": "F1, mean of classes"}
 STUDIES = {
     "digits": Study(
@@ -250,7 +254,7 @@ STUDIES = {
             Stage(
                 "micrographs",
                 {"label": [*LABEL, NO_BONUS]}
-                | with_label({"mask_iou_credit": ["rollout.reward=mask_iou_credit"], "log mean_iou": LOG_IOU}),
+                | with_label({"mask_iou_credit": IOU_CREDIT, "log mean_iou": LOG_IOU}),
                 rates(2e-3, 4e-3), PIXELS, paired="label",
             ),
         ),
@@ -259,12 +263,11 @@ STUDIES = {
         "boxes", "config_detection.yaml", folders("data/scenes/train", "data/scenes/eval"), 3, 1, 500, 8,
         scores=("f1",),
         stages=(
-            Stage("boxes-fitted", BY_BOXES, rates(2e-3, 4e-3, 8e-3), BOXES, paired="label by IoU"),
+            Stage("boxes-fitted", BY_BOXES, rates(4e-3, 8e-3), BOXES, paired="label"),
             Stage(
                 "boxes-fitted-tuned",
-                {name: [*keys, "training.steps=600", "detection.box_std=0.1"] for name, keys in BY_BOXES.items()},
-                rates(1e-3, 2e-3, 4e-3), BOXES, start="label by log_prob",
-                paired="label by log_prob",
+                {name: [*keys, "training.steps=600", "detection.box_std=0.1"] for name, keys in TUNED_BOXES.items()},
+                rates(1e-3, 2e-3), BOXES, start="label", paired="label",
             ),
         ),
     ),
