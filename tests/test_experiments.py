@@ -224,6 +224,20 @@ def test_the_hold_out_splits_classes_masks_and_boxes_alike(monkeypatch, tmp_path
         assert (part / "classes.txt").read_text() == "a\nb\n"
 
 
+def test_all_tiles_of_a_micrograph_are_held_out_together(monkeypatch, tmp_path):
+    monkeypatch.setattr(studies, "ROOT", tmp_path / "e")
+    tiles = [f"{sheet}_{y}_{x}.png" for sheet in range(12) for y in (0, 128) for x in (0, 128)]
+    for name in ("images", "masks"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for tile in tiles:
+            (tmp_path / "train" / name / tile).touch()
+    _, *parts, _ = studies.STUDIES["micrographs"].data(tmp_path)
+    for name in ("images", "masks"):
+        found = [{path.name for path in (part / name).iterdir()} for part in parts]
+        sheets = [{tile.split("_")[0] for tile in part} for part in found]
+        assert found[0] | found[1] == set(tiles) and not sheets[0] & sheets[1] and len(sheets[1]) == 3
+
+
 def test_the_long_tail_is_twenty_times_as_frequent_at_its_head(monkeypatch, tmp_path):
     """In training by different scans, in the hold-out and the evaluation by copies; no scan is in two parts."""
     monkeypatch.setattr(studies, "ROOT", tmp_path)

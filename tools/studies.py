@@ -56,14 +56,16 @@ class Study:
 # --- Data -------------------------------------------------------------------------------------------------------------
 
 
-def hold_out(train_dir: Path) -> tuple[Path, Path]:
-    """The training folder split once more, every fifth image (of a class) held out: two folders."""
+def hold_out(train_dir: Path, group: Callable[[str], str] = str) -> tuple[Path, Path]:
+    """The training folder split once more, every fifth image (of a class) held out, or every fifth group of images that
+    belong together: two folders. group: of a file's name."""
     parts = [ROOT / f"holdout_{'_'.join(train_dir.parts).strip('/_')}_{part}" for part in ("train", "eval")]
     for held, part in enumerate(parts):
 
         def others(folder: str, names: list[str], held: int = held) -> list[str]:
             below = Path(folder) != train_dir
-            return [name for i, name in enumerate(sorted(names)) if below and (i % 5 == 0) != held]
+            places = {key: i for i, key in enumerate(sorted({group(name) for name in names}))}
+            return [name for name in names if below and (places[group(name)] % 5 == 0) != held]
 
         shutil.copytree(train_dir, part, ignore=others, dirs_exist_ok=True)
         annotations = part / "annotations.json"
@@ -76,14 +78,19 @@ def hold_out(train_dir: Path) -> tuple[Path, Path]:
     return parts[0], parts[1]
 
 
-def folders(train: str, evaluation: str) -> Callable[[Path | None], Parts]:
-    """The parts of two folders, below the one that the command line names if it names one."""
+def folders(train: str, evaluation: str, group: Callable[[str], str] = str) -> Callable[[Path | None], Parts]:
+    """The parts of two folders, below the one that the command line names if it names one. group: see `hold_out`."""
 
     def parts(base: Path | None) -> Parts:
         whole, judged = (base or Path()) / train, (base or Path()) / evaluation
-        return whole, *hold_out(whole), judged
+        return whole, *hold_out(whole, group), judged
 
     return parts
+
+
+def micrograph(tile: str) -> str:
+    """The micrograph that a tile, <micrograph>_<y>_<x>.png, was cut from: neighbours look alike."""
+    return tile.partition("_")[0]
 
 
 def long_tail(base: Path | None) -> Parts:
@@ -132,44 +139,56 @@ QUALITY = {"accuracy": "eval accuracy", "nll": "NLL", "ece": "ECE"}
 CHOSEN = {"supervised": "0.001", "maxrl": "0.002", "maxrl_all": "0.002"}  # by docs/results.md's first table
 SUBSET = {"small": ["model.dropout=0.1", "training.entropy_coef=0.03"]}
 SUBSET |= {"large": ["model.dropout=0.5", "training.entropy_coef=0.3"]}
+DOUBT = {
+    f"dropout {dropout} entropy {entropy}": [f"model.dropout={dropout}", f"training.entropy_coef={entropy}"]
+    for dropout, entropy in ((0.5, 0.3), (0.5, 0.1), (0.5, 0.03), (0.7, 0.3), (0.7, 0.1))
+}
+IOU_CREDIT = ["rollout.reward=mask_iou_credit", "rollout.log_values=false", "training.entropy_coef=0.5"]
+LOG_IOU = ["rollout.reward=mean_iou", "rollout.log_values=true", NO_BONUS]
+PIXELS = {"mean_iou": "mean IoU", "pixel_accuracy": "pixel accuracy"}
 DIGITS = folders("data/train", "data/eval")
 
 
 def tuned_by_score(score: str, heading: str) -> Stage:
-    """On the long-tailed digits: going on by the label, and by the score."""
-    methods = {"label": LABEL, score: [f"rollout.reward={score}", "rollout.action=all"]}
-    steps = {name: [*method, "training.steps=300"] for name, method in methods.items()}
-    settings, only = rates(1e-3, **SUBSET), dict.fromkeys(methods, "0.001 large")  # the label's choice from scratch
-    columns = {score: heading, "accuracy": "accuracy"}
-    return Stage(f"long-tail-{score}", steps, settings, columns, "label", only, paired="label")
-
-
-def masks(name: str, data: Callable, marker: str, common: tuple[str, ...] = (), minutes: float = 3) -> Study:
-    """Masks from scratch, and tuned from the label's checkpoints for half as many steps."""
-    by_reward = {
-        "mask_iou_credit": ["rollout.reward=mask_iou_credit"],
-        "mean_iou": ["rollout.reward=mean_iou", "training.entropy_coef=0.1"],
+    """On the long-tailed digits: going on by the label, by the score, by its logarithm, and by score and label."""
+    by_score = [f"rollout.reward={score}", "rollout.action=all"]
+    methods = {
+        "label": LABEL,
+        score: by_score,
+        f"log {score}": [*by_score, "rollout.log_values=true"],
+        f"{score} + label": [*by_score, "training.label_coef=0.3"],
     }
-    methods = {"label": [*LABEL, NO_BONUS]} | with_label(by_reward)
-    steps = next((int(key.split("=")[1]) for key in common if key.startswith("training.steps")), 600)
-    tuning = {method: [*keys, f"training.steps={steps // 2}"] for method, keys in methods.items()}
-    columns = {"mean_iou": "mean IoU", "pixel_accuracy": "pixel accuracy"}
-    scratch = Stage(marker, methods, rates(2e-3, 4e-3, 8e-3), columns, paired="label")
-    tuned = Stage(f"{marker}-tuned", tuning, rates(1e-3, 2e-3, 4e-3), columns, start="label", paired="label")
-    stages = scratch, tuned
-    config = "config_segmentation.yaml"
-    return Study(name, config, data, 3, 1, 100, minutes, stages, common, scores=("mean_iou",))
+    steps = {name: [*method, "training.steps=300"] for name, method in methods.items()}
+    columns = {score: heading, "accuracy": "accuracy"}
+    return Stage(f"long-tail-{score}", steps, rates(1e-3, **DOUBT), columns, "label", paired="label")
 
 
-SET_CREDIT = ["rollout.reward=detection_set_credit", "rollout.actions_per_sample=8"]
+def masks(name: str, data: Callable, marker: str) -> Study:
+    """Masks from scratch, and tuned from the label's checkpoints for half as many steps."""
+    methods = {
+        "label": [*LABEL, NO_BONUS],
+        "mask_iou_credit": IOU_CREDIT,
+        "log mean_iou": LOG_IOU,
+        "log mean_iou + label": [*LOG_IOU, "training.label_coef=0.3"],
+    }
+    tuning = {method: [*keys, "training.steps=300"] for method, keys in methods.items()}
+    scratch = Stage(marker, methods, rates(4e-3, 8e-3), PIXELS, paired="label")
+    tuned = Stage(f"{marker}-tuned", tuning, rates(2e-3, 4e-3), PIXELS, start="label", paired="label")
+    return Study(name, "config_segmentation.yaml", data, 3, 1, 600, 3, (scratch, tuned), scores=("mean_iou",))
+
+
+BY_REWARD = ["rollout.reward=detection_reward", "training.label_coef=0"]
 BY_BOXES = {
-    "label by log_prob": [*LABEL, "detection.supervised_loss=log_prob"],
-    "label by IoU": [*LABEL, "detection.supervised_loss=iou"],
-    "detection_reward": [],
-    "detection_set_credit": SET_CREDIT,
-    "detection_reward + label": ["training.label_coef=0.3", "detection.supervised_loss=iou"],
-    "detection_set_credit + label": [*SET_CREDIT, "training.label_coef=0.3", "detection.supervised_loss=iou"],
+    "label": [*LABEL, "detection.supervised_loss=iou"],
+    "detection_reward": [*BY_REWARD, "rollout.actions_per_sample=64"],
+    "detection_reward, all": [*BY_REWARD, "rollout.action=all", "rollout.actions_per_sample=8"],
+    "detection_set_credit + label": ["rollout.reward=detection_set_credit", "training.label_coef=0.3"],
 }
+TUNED_BOXES = BY_BOXES | {
+    "label by log_prob": [*LABEL, "detection.supervised_loss=log_prob"],
+    "detection_set_credit": ["rollout.reward=detection_set_credit", "training.label_coef=0"],
+}
+TUNED_BOXES.pop("detection_reward, all")
 BOXES = {"map": "mAP@[.5:.95]", "ap50": "AP50", "ap75": "AP75", "f1": "F1@0.5", "mean_f1": "F1, mean of classes"}
 STUDIES = {
     "digits": Study(
@@ -226,20 +245,29 @@ STUDIES = {
     ),
     "masks-noisy": masks("masks-noisy", folders("data/scenes/noisy_train", "data/scenes/noisy_eval"), "masks-noisy"),
     "masks-clear": masks("masks-clear", folders("data/scenes/train", "data/scenes/eval"), "masks-clear"),
-    "micrographs": masks(
-        "micrographs", folders("train", "eval"), "micrographs", minutes=15,
-        common=("model.image_size=128", "model.patch_size=8", "training.steps=1500"),
+    "micrographs": Study(
+        "micrographs", "config_segmentation.yaml", folders("train", "eval", micrograph), 3, 1, 500, 15,
+        scores=("mean_iou",),
+        common=("model.image_size=128", "model.patch_size=8", "data.augment=true", "training.batch_size=16",
+                "training.steps=1500"),
+        stages=(
+            Stage(
+                "micrographs",
+                {"label": [*LABEL, NO_BONUS]}
+                | with_label({"mask_iou_credit": IOU_CREDIT, "log mean_iou": LOG_IOU}),
+                rates(2e-3, 4e-3), PIXELS, paired="label",
+            ),
+        ),
     ),
     "boxes": Study(
         "boxes", "config_detection.yaml", folders("data/scenes/train", "data/scenes/eval"), 3, 1, 500, 8,
         scores=("f1",),
         stages=(
-            Stage("boxes-fitted", BY_BOXES, rates(2e-3, 4e-3, 8e-3), BOXES, paired="label by IoU"),
+            Stage("boxes-fitted", BY_BOXES, rates(4e-3, 8e-3), BOXES, paired="label"),
             Stage(
                 "boxes-fitted-tuned",
-                {name: [*keys, "training.steps=600", "detection.box_std=0.1"] for name, keys in BY_BOXES.items()},
-                rates(1e-3, 2e-3, 4e-3), BOXES, start="label by log_prob",
-                paired="label by log_prob",
+                {name: [*keys, "training.steps=600", "detection.box_std=0.1"] for name, keys in TUNED_BOXES.items()},
+                rates(1e-3, 2e-3), BOXES, start="label", paired="label",
             ),
         ),
     ),
