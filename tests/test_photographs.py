@@ -304,7 +304,8 @@ def test_all_that_is_tried_can_be_run_and_as_often_for_each_method(name):
 
 BASE = DATA_SETS["cifar10"]
 SETTINGS = dict(itertools.islice(BASE.settings.items(), 2))
-STUDY = replace(BASE, scores=BASE.scores[2:4], tricks=("weighted",), settings=SETTINGS, searched=(0, 1), steps=2)
+SCORES = tuple(replace(score, settings=None) for score in BASE.scores[2:4])
+STUDY = replace(BASE, scores=SCORES, tricks=("weighted",), settings=SETTINGS, searched=(0, 1), steps=2)
 
 
 class FakeRuns(Runs):

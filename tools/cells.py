@@ -15,19 +15,13 @@ sys.path[:0] = [str(HOME), str(HOME / "examples")]
 import judging
 from dice_of_one import dice_of_one
 from price_list import price_list
-from studies import LABEL, ROOT, Methods
+from studies import LABEL, ROOT, Methods, micrograph
 
-from build import schema_of
 from folders import find_images
 from scores import READY
 
 FOLDS = 5
 LABEL_COEF = "training.label_coef=0.3"
-THERE = {
-    "training.supervised_loss=": "training.supervised_loss" in schema_of(),
-    "data.token_cache": schema_of()["data.token_cache"].valid("keep"),
-}
-NEW = tuple(begin for begin, there in THERE.items() if not there)  # overrides that runs of this version go without
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,11 +84,6 @@ class DataSet:
 # --- Folds ------------------------------------------------------------------------------------------------------------
 
 
-def micrograph(name: str) -> str:
-    """Of a tile's file, <micrograph>_<y>_<x>.png."""
-    return name.rsplit("_", 2)[0]
-
-
 def fold_of(train_dir: Path, unit: Callable[[str], str] = str) -> dict[Path, int]:
     """The fold of each image file (and mask) below a training folder: of each folder every fifth unit."""
     found = {}
@@ -147,9 +136,11 @@ def doubts(*rates: float, **others: list[str]) -> Methods:
     return {f"{r:g} {name}": [f"training.learning_rate={r:g}", *keys] for name, keys in others.items() for r in rates}
 
 
-def by_confusion(name: str, function: str, judge: Callable, score: Callable | None = None, **more) -> Score:
-    """A score of the confusion matrix, ready in scores.py or given."""
-    return Score(name, judge(score or READY[function]), [f"rollout.reward={function}", *judge.rollout], **more)
+def by_confusion(name: str, function: str, judge: Callable, score: Callable | None = None) -> Score:
+    """A score of the confusion matrix, ready in scores.py or given. Its logarithm needs no doubt, so that it is tried
+    with little, and the score itself with much."""
+    settings = doubts(3e-4, 1e-3, **{"log small": [*SMALL, "rollout.log_values=true"], "large": LARGE})
+    return Score(name, judge(score or READY[function]), [f"rollout.reward={function}", *judge.rollout], settings)
 
 
 SMALL, LARGE = (["model.dropout=0.1", "training.entropy_coef=0"], ["model.dropout=0.5", "training.entropy_coef=0.3"])

@@ -28,7 +28,7 @@ sys.path[:0] = [str(HOME), str(HOME / "tools")]
 
 import numpy as np
 import torch
-from cells import DATA_SETS, FOLDS, LABEL_COEF, NEW, DataSet, Score, make_folds
+from cells import DATA_SETS, FOLDS, LABEL_COEF, DataSet, Score, make_folds
 from experiments import RESULTS, Figures, Runner, commit, machine, write_between
 from judging import PASSES, Found, pool, resample
 from studies import LABEL, ROOT
@@ -88,7 +88,7 @@ class Run:
         keys += [f"data.train_dir={folds_of(study)}/{self.fold}/train", f"training.steps={study.steps}"]
         begin = f"{ROOT}/ckpt/{self.start.name}/last.pt" if self.start else source.weights
         keys += [f"training.seed={self.fold}", f"model.checkpoint_path={begin}"]
-        return [key for key in keys if not key.startswith(NEW)]
+        return keys
 
 
 def folds_of(study: DataSet) -> Path:
@@ -417,7 +417,8 @@ def tried() -> str:
     """What the search tries and how often, of all data sets."""
     blocks = []
     for study in DATA_SETS.values():
-        methods, folds, settings = study.methods(), len(study.searched), {"": study.settings}
+        methods, folds = study.methods(), len(study.searched)
+        whose: dict[tuple, list[str]] = {}  # settings -> the scores for whose methods by reward they are tried
         count = folds * (len(study.starts) + len(methods) * len(study.settings))
         lines = [
             f"**{study.name}**: on {folds} folds {len(study.starts)} settings of the first half, then {len(methods)} "
@@ -429,9 +430,12 @@ def tried() -> str:
         lines += [f"- {name}: `{' '.join(keys)}`" for name, keys in study.by_label().items()]
         with_label = f", and the same with `{LABEL_COEF}`"
         lines += [f"- reward, {score.name}: `{' '.join(score.reward)}`{with_label}" for score in study.scores]
-        settings |= {f", {score.name} by reward": score.settings for score in study.scores if score.settings}
-        for whose, own in settings.items():
-            lines += [f"- setting{whose}, *{name}*: `{' '.join(keys)}`" for name, keys in own.items()]
+        for score in study.scores:
+            whose.setdefault(tuple((score.settings or study.settings).items()), []).append(score.name)
+        lines += [f"- setting by label, *{name}*: `{' '.join(keys)}`" for name, keys in study.settings.items()]
+        for settings, names in whose.items():
+            by = f"by reward ({', '.join(names)})"
+            lines += [f"- setting {by}, *{name}*: `{' '.join(keys)}`" for name, keys in settings]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
