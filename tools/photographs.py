@@ -418,7 +418,7 @@ def tried() -> str:
     blocks = []
     for study in DATA_SETS.values():
         methods, folds = study.methods(), len(study.searched)
-        whose: dict[tuple, list[str]] = {}  # settings -> the scores for whose methods by reward they are tried
+        settings = {"by label": study.settings}
         count = folds * (len(study.starts) + len(methods) * len(study.settings))
         lines = [
             f"**{study.name}**: on {folds} folds {len(study.starts)} settings of the first half, then {len(methods)} "
@@ -430,12 +430,13 @@ def tried() -> str:
         lines += [f"- {name}: `{' '.join(keys)}`" for name, keys in study.by_label().items()]
         with_label = f", and the same with `{LABEL_COEF}`"
         lines += [f"- reward, {score.name}: `{' '.join(score.reward)}`{with_label}" for score in study.scores]
-        for score in study.scores:
-            whose.setdefault(tuple((score.settings or study.settings).items()), []).append(score.name)
-        lines += [f"- setting by label, *{name}*: `{' '.join(keys)}`" for name, keys in study.settings.items()]
-        for settings, names in whose.items():
-            by = f"by reward ({', '.join(names)})"
-            lines += [f"- setting {by}, *{name}*: `{' '.join(keys)}`" for name, keys in settings]
+        for score in study.scores:  # of scores with the same settings once
+            own = score.settings or study.settings
+            same = next((names for names, them in settings.items() if names != "by label" and them == own), None)
+            settings.pop(same, None)
+            settings[f"{same}, {score.name}" if same else f"by reward: {score.name}"] = own
+        for whose, own in settings.items():
+            lines += [f"- setting {whose}, *{name}*: `{' '.join(keys)}`" for name, keys in own.items()]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
