@@ -41,8 +41,8 @@ def deep(actions, *others):  # the error is torch's, the line is ours
     return actions.view(-1, 7, 7)
 
 def beside(actions, *others):
-    import price_list  # when it is called
-    return price_list.price * actions.float()
+    import beside_the_rewards  # when it is called
+    return beside_the_rewards.price * actions.float()
 
 def three(actions, outputs, targets):
     return actions
@@ -151,7 +151,7 @@ def test_an_error_inside_a_reward_names_it_and_the_line(tmp_path):
 
 
 def test_a_reward_may_import_what_lies_beside_it(tmp_path):
-    (tmp_path / "price_list.py").write_text("price = 5")
+    (tmp_path / "beside_the_rewards.py").write_text("price = 5")
     assert own_reward(tmp_path, "beside")[0](*arguments()).tolist() == [[[0, 5]]]
 
 
