@@ -94,6 +94,8 @@ class Task:
         name = self.config["training"]["supervised_loss"]
         if name == "cross_entropy":
             return nll(policy, targets)
+        if self.class_counts is not None:
+            self.class_counts = self.class_counts.to(targets.device)  # once: a copy to the GPU would wait each step
         return self.losses[name](every_choice(policy)[1], targets.long(), counted, self.class_counts)
 
     def mirror(self, batch: TensorMiniBatch) -> TensorMiniBatch:
