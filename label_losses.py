@@ -21,18 +21,18 @@ BY_COUNTS = ("weighted", "logit_adjusted")  # these need counts, for the others 
 
 
 def filled(counts: Tensor) -> Tensor:
-    """`counts` [K, …] as float64, a class without any as the rarest that has some: counts may be of a sample of the
+    """`counts` [K, …] as floats, a class without any as the rarest that has some: counts may be of a sample of the
     training set, and then its elements are rare, but neither impossible nor worth without end."""
-    counts = counts.double()
+    counts = counts if counts.is_floating_point() else counts.double()  # Apple's GPU has no float64
     rarest = torch.where(counts > 0, counts, torch.inf).amin(0).nan_to_num(posinf=1.0)
     return torch.where(counts > 0, counts, rarest)
 
 
 def class_weights(counts: Tensor) -> Tensor:
-    """n / (K · n_k), float64 [K, …], of n elements of which n_k are of class k, K the number of classes that are there:
+    """n / (K · n_k), [K, …], of n elements of which n_k are of class k, K the number of classes that are there:
     by inverse frequency, with mean 1 over the elements; scikit-learn calls it balanced."""
     present = (counts > 0).sum(0).clamp(min=1)
-    return counts.double().sum(0) / (present * filled(counts))
+    return counts.sum(0) / (present * filled(counts))
 
 
 def beside(values: Tensor, log_probs: Tensor) -> Tensor:

@@ -94,9 +94,10 @@ class Task:
         name = self.config["training"]["supervised_loss"]
         if name == "cross_entropy":
             return nll(policy, targets)
+        log_probs = every_choice(policy)[1]
         if self.class_counts is not None:
-            self.class_counts = self.class_counts.to(targets.device)  # once: a copy to the GPU would wait each step
-        return self.losses[name](every_choice(policy)[1], targets.long(), counted, self.class_counts)
+            self.class_counts = self.class_counts.to(log_probs)  # once: a copy to the GPU would be waited for each step
+        return self.losses[name](log_probs, targets.long(), counted, self.class_counts)
 
     def mirror(self, batch: TensorMiniBatch) -> TensorMiniBatch:
         """Half of the images left to right, drawn from torch's global generator, with all that has a place in them."""
