@@ -155,6 +155,10 @@ def test_a_table_has_paired_differences_ratios_and_what_is_decided():
     assert lines[6].startswith("| m, decided | 0.2 | 0.9850 ± 0.0071 |  | +0.0300 ± 0.0100 |")
     assert experiments.table(replace(stage, whole=True), rows, 3) is None
     assert experiments.table(stage, rows[:1], 3) is None  # a method is missing
+    decided = Row("n", True, "0.1", {0: run(0.94, 10, 4), 1: run(0.94, 10, 4)})
+    lines = experiments.table(stage, [*rows, decided], 3).split("\n")
+    assert "| acc − that of n | acc − that of n, decided |" in lines[2]  # 0.95 by both seeds
+    assert lines[5].startswith("| m | 0.2 | 0.9750 ± 0.0071 | 1.0000 ± 0.0000 | +0.0200 ± 0.0100 | +0.0250 ± 0.0050 |")
     rows[1] = Row("m", False, "0.2", {0: run(0.1, 1, 1), 1: run(0.1, 1, 1)})
     assert experiments.table(stage, rows[:2], 3).endswith("| 0.10 (0.10–0.10) | never |")
 

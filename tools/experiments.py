@@ -296,10 +296,18 @@ class Row:
     setting: str
     runs: dict[int, dict]  # by seed
 
+    @property
+    def name(self) -> str:
+        return f"{self.method}, decided" if self.decided else self.method
+
 
 def value_of(run: dict, key: str, decided: bool) -> float | None:
     """A figure of a run; None if decisions do not change it, or it was not taken."""
     return run.get(f"{key}, decided" if decided else key)
+
+
+def figures_of(row: Row, key: str, seeds: list[int]) -> list[float | None]:
+    return [value_of(row.runs[seed], key, row.decided) for seed in seeds]
 
 
 def make_run(study: Study, stage: Stage, started: str | None, method: str, setting: str, seed: int, held: bool) -> Run:
@@ -382,29 +390,28 @@ def ratios(run_pairs: list[tuple[dict, dict]], seconds: Callable[[dict], float])
 
 
 def table(stage: Stage, rows: list[Row], num_seeds: int) -> str | None:
-    """In markdown, over the seeds that all rows have: mean and standard deviation, differences to `stage.paired` with
-    their standard error, and times as ratios to `stage.ratio`. None where runs are missing."""
+    """In markdown, over the seeds that all rows have: mean and standard deviation, differences to `stage.paired`, plain
+    and decided, with their standard error, and times as ratios to `stage.ratio`. None where runs are missing."""
     seeds = [seed for seed in range(num_seeds) if all(seed in row.runs for row in rows)]
     missing = set(stage.methods) - {row.method for row in rows}
     if missing or len(seeds) < (num_seeds if stage.whole else 2):
         return None
     metric, plain = next(iter(stage.columns)), {row.method: row for row in rows if not row.decided}
     heads = list(stage.columns.values())
-    heads += [f"{stage.columns[metric]} − that of {stage.paired}"] * bool(stage.paired)
+    rivals = [row for row in rows if row.method == stage.paired and None not in figures_of(row, metric, seeds)]
+    heads += [f"{stage.columns[metric]} − that of {row.name}" for row in rivals]
     curves = stage.ratio and all("curve" in row.runs[seed] for row in rows for seed in seeds)
     heads += [f"time ÷ {stage.ratio}"] * bool(stage.ratio) + [f"time to {LEVEL} ÷ {stage.ratio}"] * bool(curves)
     lines = [] if len(seeds) == num_seeds else [f"So far {len(seeds)} of {num_seeds} seeds:", ""]
     lines += [f"| trained by | setting | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
     for row in rows:
-        runs = [row.runs[seed] for seed in seeds]
-        cells = []
+        runs, cells = [row.runs[seed] for seed in seeds], []
         for key in stage.columns:
-            values = [value_of(run, key, row.decided) for run in runs]
+            values = figures_of(row, key, seeds)
             known = None not in values
             cells.append(f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}" if known else "")
-        if stage.paired:
-            others = [plain[stage.paired].runs[seed] for seed in seeds]
-            both = [(value_of(run, metric, row.decided), other[metric]) for run, other in zip(runs, others)]
+        for rival in rivals:
+            both = zip(figures_of(row, metric, seeds), figures_of(rival, metric, seeds))
             gains = [a - b for a, b in both if a is not None]
             error = statistics.stdev(gains) / len(gains) ** 0.5 if gains else 0
             cells.append(f"{statistics.mean(gains):+.4f} ± {error:.4f}" if any(gains) else "")
@@ -412,8 +419,7 @@ def table(stage: Stage, rows: list[Row], num_seeds: int) -> str | None:
             pairs = [(run, plain[stage.ratio].runs[seed]) for run, seed in zip(runs, seeds)]
             cells.append(ratios(pairs, lambda run: run["seconds"]))
             cells += [ratios(pairs, lambda run: seconds_to(LEVEL, run))] if curves else []
-        name = f"{row.method}, decided" if row.decided else row.method
-        lines.append(f"| {name} | {row.setting} | {' | '.join(cells)} |")
+        lines.append(f"| {row.name} | {row.setting} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
