@@ -12,6 +12,8 @@ from torch.distributions import Categorical, Distribution
 
 from data_types import InputError
 
+LEAST_LOG_PROB = -80.0  # of a choice in an expected value: what is rarer for float32 still counts in its logarithm
+
 
 def every_choice(policy: Distribution) -> tuple[Tensor, Tensor, Tensor | None]:
     """All K choices of each categorical element as actions [B, T, K, E…], log π of each, in the same layout, and which
@@ -77,15 +79,17 @@ def value_advantages(
     bound, Δ · (1 + log(μ / Δ)) <= μ, equal where the best choice is certain. A choice that is rare is learned as soon
     as one that is not. If one choice alone is worth anything, this is its cross-entropy times its value.
     """
-    values, probs = values.movedim(-1, 2), log_probs.exp()
-    live = values.amax(2, keepdim=True) != values.amin(2, keepdim=True)
-    live = live if counted is None else live & counted[:, None, None]
+    values = values.movedim(-1, 2)
+    above = values - values.amin(2, keepdim=True)
+    highest = above.amax(2, keepdim=True)
+    live = highest != 0 if counted is None else (highest != 0) & counted[:, None, None]  # NaN is not hidden
+    probs = log_probs.clamp(min=LEAST_LOG_PROB).exp()
+    mean = (probs * above).sum(2, keepdim=True)
     if log_values:
-        above = values - values.amin(2, keepdim=True)
-        highest = above.amax(2, keepdim=True).mean(1, keepdim=True)
-        advantages = highest / values.shape[2] * expected_advantages(above, log_probs, "maxrl")
+        highest = highest.mean(1, keepdim=True)
+        advantages = probs * (above * (highest / mean.mean(1, keepdim=True)) - highest)
     else:
-        advantages = probs * (values - (probs * values).sum(2, keepdim=True))
+        advantages = probs * (above - mean)
     return torch.where(live, advantages, 0.0)
 
 

@@ -184,10 +184,15 @@ class ConfusionScore:
             self.start(outputs, targets, probs.shape[-1])
         seen = count_confusion(targets, probs.to(self.seen.dtype), metadata.get("counted"), self.tags)
         self.seen += torch.cat([seen.flatten(), self.seen.new_full((1,), len(targets))])
-        truth = F.one_hot(targets.long(), probs.shape[-1]).to(self.seen.dtype)  # [B, E…, K]
-        values = torch.einsum("b...y,...yk->b...k", truth, self.prices) if self.tags else truth @ self.prices
+        truth = targets.long()
+        if self.tags:
+            truth = F.one_hot(truth, probs.shape[-1]).to(self.seen.dtype)  # [B, E…, K]
+            values = torch.einsum("b...y,...yk->b...k", truth, self.prices)
+        else:
+            values = self.prices[truth]  # [B, E…, K]
         values = values.unsqueeze(1).expand(-1, actions.shape[1], *values.shape[1:])
-        return Credit(None, self.value.expand(actions.shape), values)
+        each = self.task.config.get("rollout", {}).get("action") == "all"  # it wants a reward of each element; one is quicker
+        return Credit(None, self.value.expand(actions.shape if each else actions.shape[:3]), values)
 
     def update(self) -> None:
         """After a step: the matrix of the next one, from what all micro-batches of all processes have seen."""

@@ -132,6 +132,7 @@ def soft_confusion(kind, task, batch, outputs) -> torch.Tensor:
 def roll(task, reward, batch, outputs, action="sample", weight=1.0) -> grpo.Episode:
     network = type("Net", (), {"sample_masks": lambda *_: {}, "__call__": lambda self, inputs, masks: outputs})()
     settings = grpo.RolloutSettings(outputs.shape[1], 2, action, "maxrl")
+    task.config = {"rollout": {"action": action}}
     return grpo.rollout(network, batch, {"mine": (reward, weight)}, task.policy, settings)
 
 
