@@ -4,9 +4,9 @@ r"""A reward that knows no boxes, only how many objects of each kind an image sh
         rollout.reward=examples/count_credit.py:count_credit training.label_coef=0 training.kl_coef=0.1
 
 The folder has images/, annotations.json with images and categories but no annotations, and counts.json: file name ->
-kind -> number; a kind that is not named has none. Start from a model that was trained on some boxes: counts do not teach
-boxes. These change only with the layers that they share with the classes, and nothing else holds them (where no box is
-known none counts, for `training.kl_coef` neither), so train few steps at a small rate.
+kind -> number; a kind that is not named has none. Start from a model that was trained on some boxes: counts teach none.
+Boxes change only with the layers that they share with the classes. Nothing else holds them: where no box is known none
+counts, for `training.kl_coef` neither. So train few steps at a small rate.
 """
 
 import json

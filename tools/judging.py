@@ -248,6 +248,30 @@ class BoxAP(Boxes):
         return torch.where(objects > 0, total / len(IOU_THRESHOLDS), torch.nan)
 
 
+def box_counts(found: Found, least: Tensor) -> Tensor:
+    """How many detections of each kind have at least the kind's score: [n, K]. least: [K], also below."""
+    shown = found["score"] >= least[found["label"]]
+    place = found["image"] * len(least) + found["label"]
+    return torch.bincount(place[shown], minlength=found["objects"].numel()).view(found["objects"].shape)
+
+
+def count_errors(found: Found, least: Tensor) -> Tensor:
+    """The mean absolute error of the counts of each kind, [K]."""
+    return (box_counts(found, least) - found["objects"].double()).abs().mean(0)
+
+
+def undecided(found: Found) -> Tensor:
+    """[K]."""
+    return torch.full((found["objects"].shape[1],), SHOWN_SCORE, dtype=torch.float64)
+
+
+def fit_to_counts(found: Found) -> Tensor:
+    """Of each kind the score from which on the counts have the smallest error; of equals the nearest to one half."""
+    levels = torch.arange(5, 100, dtype=torch.float64) / 100
+    tried = torch.stack([count_errors(found, level + 0 * undecided(found)) for level in levels])  # [levels, K]
+    return levels[(tried + 1e-9 * (levels[:, None] - SHOWN_SCORE).abs()).argmin(0)]
+
+
 # --- Pictures ---------------------------------------------------------------------------------------------------------
 
 
