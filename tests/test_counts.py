@@ -97,23 +97,32 @@ def found_of(scores: list[list[list[float]]], objects: list[list[int]]) -> dict:
     return columns | {"score": torch.tensor(score).double(), "objects": torch.tensor(objects).float()}
 
 
-def test_thresholds_have_the_smallest_error_of_the_counts():
+def with_nms(parts: dict[float, dict]) -> dict:
+    columns = [part | {"nms": torch.full_like(part["score"], iou)} for iou, part in parts.items()]
+    found = {key: torch.cat([part[key] for part in columns]) for key in judging.COLUMNS}
+    return found | {"objects": columns[0]["objects"]}
+
+
+def test_decoding_has_the_smallest_error_of_the_counts():
     draw = torch.Generator().manual_seed(0)
-    scores = [[torch.rand(6, generator=draw).tolist() for _ in range(3)] for _ in range(8)]
     objects = torch.randint(5, (8, 3), generator=draw)
-    found = found_of(scores, objects.tolist())
+    scores = {
+        u: [[torch.rand(6, generator=draw).tolist() for _ in "abc"] for _ in range(8)] for u in (0.5, 0.4, 0.3, 0.2)
+    }
+    found = with_nms({iou: found_of(mine, objects.tolist()) for iou, mine in scores.items()})
 
-    def error(k: int, level: float) -> float:
-        return sum(abs(sum(x >= level for x in scores[i][k]) - int(objects[i, k])) for i in range(8)) / 8
+    def error(iou: float, k: int, level: float) -> float:
+        return sum(abs(sum(x >= level for x in scores[iou][i][k]) - int(objects[i, k])) for i in range(8)) / 8
 
-    fitted = judging.fit_to_counts(found).tolist()
-    assert judging.count_errors(found, torch.tensor(fitted)).tolist() == pytest.approx(
-        list(map(error, range(3), fitted))
-    )
-    for k, level in enumerate(fitted):
-        assert error(k, level) == pytest.approx(min(error(k, x / 100) for x in range(5, 100)))
-    counts = judging.box_counts(found, judging.undecided(found))
-    assert counts.tolist() == [[sum(x >= 0.5 for x in mine) for mine in image] for image in scores]
+    iou, least = judging.fit_decoding(found)
+    expected = [error(iou, k, level) for k, level in enumerate(least.tolist())]
+    assert judging.count_errors(found, (iou, least)).tolist() == pytest.approx(expected)
+    best = {u: sum(min(error(u, k, x / 100) for x in range(5, 100)) for k in range(3)) for u in judging.SUPPRESSIONS}
+    assert sum(expected) == pytest.approx(min(best.values())) and best[iou] == min(best.values())
+    counted = judging.box_counts(found, judging.undecided(found))
+    assert counted.tolist() == [[sum(x >= 0.5 for x in mine) for mine in image] for image in scores[0.5]]
+    for u, mine in scores.items():
+        assert torch.equal(judging.suppressed(found, u)["score"], found_of(mine, objects.tolist())["score"])
 
 
 def folder_of(path, images: int) -> dict:
@@ -185,7 +194,8 @@ class FakeRuns(counts.CountRuns):
         self.seen.append((run, part))
         settings = list(counts.SETTINGS[run.method])
         wrong = 1 + settings.index(run.setting) + (run.method != "counts") + run.fold / 10
-        return found_of([[[0.9, 0.8], [0.7], [0.6]]] * 4, [[2, 1, 1 + round(10 * wrong)]] * 4)
+        found = found_of([[[0.9, 0.8], [0.7], [0.6]]] * 4, [[2, 1, 1 + round(10 * wrong)]] * 4)
+        return with_nms(dict.fromkeys(judging.SUPPRESSIONS, found))
 
 
 def test_settings_are_chosen_by_held_out_counts_and_what_is_kept_is_not_run_again(tmp_path):
@@ -196,7 +206,7 @@ def test_settings_are_chosen_by_held_out_counts_and_what_is_kept_is_not_run_agai
     assert {run.fold for run, part in runner.seen if part == "held" and run.setting != first[run.method]} == {0, 1}
     assert all(run.start is None or run.start.setting == first["start"] for run in runner.trained)
     lines = counts.table(figures).splitlines()
-    assert len(lines) == 2 + 2 * len(counts.SETTINGS) and "| -1." in lines[-1]
+    assert len(lines) == 3 + 2 * len(counts.SETTINGS) and "| -3.3333 ± 0.0000 |" in lines[-1]
     before = (tmp_path / "f.json").read_text()
     counts.fill(again := FakeRuns(tmp_path), Figures(tmp_path / "f.json"))
     assert not again.trained and (tmp_path / "f.json").read_text() == before

@@ -1,11 +1,11 @@
-"""Blood cells with boxes on 30 photographs and counts on the others: by the boxes alone, with thresholds fitted to the
-counts, and by a reward that knows nothing but the counts (examples/count_credit.py).
+"""Blood cells with boxes on 30 photographs and counts on the others: by the boxes alone, by decoding that is fitted to
+the counts, and by a reward that knows nothing but the counts (examples/count_credit.py).
 
     uv run tools/counts.py --data DIR --start vits14.pth    # settings, then the runs of the table
     uv run tools/counts.py --tables                         # the table again, without a run
 
 DIR is the blood cells' of photographs.py. Seed s draws which photographs have boxes. Of the others a fifth is held out,
-without boxes too: the error of the counts there, by thresholds that are fitted to the counts of the rest, chooses
+without boxes too: the error of the counts there, by decoding that is fitted to the counts of the rest, chooses
 settings. DIR/eval judges, and chooses nothing. With --minutes 60 nothing is begun that would end later; the same
 command goes on. Runs and predictions are in experiments/; docs/counts.json keeps what the table needs.
 """
@@ -26,11 +26,12 @@ from pathlib import Path
 HOME = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(HOME), str(HOME / "examples"), str(HOME / "tools")]
 
+import judging
 import torch
 from cells import DATA_SETS, START, doubts, of_images
 from count_credit import known_counts
 from experiments import RESULTS, Figures, write_between
-from judging import BoxAP, BoxF1, Found, box_counts, box_predictions, count_errors, fit_to_counts, pool, undecided
+from judging import Found
 from photographs import NOT_YET, Run, Runs, Source, about, folds_of, spread
 from studies import LABEL, ROOT
 from torch import Tensor
@@ -48,14 +49,13 @@ SETTINGS = {
 }
 WORDS = {"start": "label", "label": "label, as many steps again", "counts": "label, then reward on counts"}
 
-# --- Runs -------------------------------------------------------------------------------------------------------------
+DECIDED = "", "", "the median count of each kind"
 
 
 def count_predictions(task, dataset, batch, outputs: Tensor) -> Found:
-    """Of boxes; how many objects there are is what counts.json says, where there is one."""
-    found = box_predictions(task, dataset, batch, outputs)
-    counted = (Path(dataset.root) / "counts.json").exists()
-    return found | ({"objects": known_counts(batch.metadata["paths"], dataset.classes)} if counted else {})
+    """Of boxes by each suppression; how many objects there are is what counts.json says, where there is one."""
+    found, counted = judging.suppressed_predictions(task, dataset, batch, outputs), Path(dataset.root) / "counts.json"
+    return found | ({"objects": known_counts(batch.metadata["paths"], dataset.classes)} if counted.exists() else {})
 
 
 STUDY = replace(DATA_SETS["blood-cells"], name="blood-cells-counts", predictions=count_predictions)
@@ -110,25 +110,25 @@ def counts_of(coco: dict) -> dict[str, dict[str, int]]:
     return {name: {kind: found[image, k] for k, kind in kinds.items()} for image, name in images.items()}
 
 
-# --- Search and table -------------------------------------------------------------------------------------------------
-
-
 def held_errors(runner: Runs, run: Run) -> list[float]:
-    """Of the held-out counts, mean over the kinds: at a score of 0.5, and at thresholds fitted to the other counts."""
+    """Of the held-out counts, mean over the kinds: undecided, and as decided by a fit to the other counts."""
     others, held = runner.predictions(run, "counted"), runner.predictions(run, "held")
-    return [round(float(count_errors(held, least).mean()), 5) for least in (undecided(held), fit_to_counts(others))]
+    decisions = judging.undecided(held), judging.fit_decoding(others)
+    return [round(float(judging.count_errors(held, decision).mean()), 5) for decision in decisions]
 
 
 def judged(runner: Runs, run: Run) -> list[dict]:
-    """On the evaluation images, at a score of 0.5 and at thresholds fitted to all known counts."""
-    known = pool([runner.predictions(run, part) for part in ("counted", "held")])
+    """On the evaluation images: undecided, as decided by a fit to all known counts, and what their median is worth."""
+    known = judging.pool([runner.predictions(run, part) for part in ("counted", "held")])
     found, records = runner.predictions(run, "eval"), []
-    for least in (undecided(found), fit_to_counts(known)):
-        right = float((box_counts(found, least) == found["objects"]).double().mean())
-        f1 = BoxF1().value(found, {str(k): x for k, x in enumerate(least.tolist())})
-        values = {"errors": count_errors(found, least).tolist(), "right": right, "f1": f1, "map": BoxAP().value(found)}
-        records.append(values | {"thresholds": least.tolist()})
-    return records
+    for iou, least in (judging.undecided(found), judging.fit_decoding(known)):
+        wrong, mine = judging.count_errors(found, (iou, least)), judging.suppressed(found, iou)
+        right = float((judging.box_counts(found, (iou, least)) == found["objects"]).double().mean())
+        scores = {str(k): x for k, x in enumerate(least.tolist())}
+        values = {"f1": judging.BoxF1().value(mine, scores), "map": judging.BoxAP().value(mine)}
+        records.append(values | {"errors": wrong.tolist(), "right": right, "nms": iou, "thresholds": scores})
+    wrong = (found["objects"] - known["objects"].median(0)[0]).abs().double()
+    return [*records, {"errors": wrong.mean(0).tolist(), "right": float((wrong == 0).double().mean())}]
 
 
 def runs_of(method: str, setting: str | None, start: str | None) -> list[CountRun]:
@@ -140,7 +140,7 @@ def runs_of(method: str, setting: str | None, start: str | None) -> list[CountRu
 
 
 def chosen(figures: Figures, method: str, start: str | None) -> list[CountRun]:
-    """The runs with the setting of the smallest error on the hold-out, by thresholds; none before all are tried."""
+    """The runs with the setting of the smallest error on the hold-out, as decided; none before all are tried."""
     if method != "start" and not start:
         return []
     found = {}
@@ -166,21 +166,22 @@ def fill(runner: Runs, figures: Figures) -> None:
 
 def table(figures: Figures) -> str:
     heads = ["learned from", "setting", *(f"error, {kind}" for kind in KINDS), "counts right", "F1 at IoU 0.5", "mAP"]
-    heads += ["error − that of label, thresholds"]
+    heads += ["mean error − that of label, decided"]
     lines, base, start = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"], None, None
     for method in SETTINGS:
         runs = chosen(figures, method, start)
         start = start or (runs[0].setting if runs else None)
         found = [figures.get("eval", *run.keys[1:]) for run in runs]
-        for decided in (False, True) if found and all(found) else ():
-            mine = [record["eval"][decided] for record in found]
+        for i, words in enumerate(DECIDED if found and all(found) else ()):
+            mine = [record["eval"][i] for record in found]
             means = [statistics.mean(values["errors"]) for values in mine]
-            base = means if decided and not base else base
-            cells = [WORDS[method] + ", thresholds" * decided, runs[0].setting]
+            base = means if i == 1 and not base else base
+            cells = [words or WORDS[method] + ", decided" * i, runs[0].setting]
             cells += [spread([values["errors"][k] for values in mine]) for k in range(len(KINDS))]
-            cells += [spread([values[key] for values in mine]) for key in ("right", "f1", "map")]
+            cells += [spread([v[key] for v in mine]) if key in mine[0] else "" for key in ("right", "f1", "map")]
             cells += [spread([a - b for a, b in zip(means, base)], signed=True) if base and base is not means else ""]
-            lines.append(f"| {' | '.join(cells)} |")
+            if not words or method == "start":
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else NOT_YET
 
 
