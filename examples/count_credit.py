@@ -1,12 +1,13 @@
 r"""A reward that knows no boxes, only how many objects of each kind an image shows, for images that nobody has marked.
 
     uv run train.py --config config_detection.yaml model.checkpoint_path=ckpt/boxes/last.pt data.train_dir=counted \
-        rollout.reward=examples/count_credit.py:count_credit training.label_coef=0 training.kl_coef=0.1
+        rollout.reward=examples/count_credit.py:count_credit training.label_coef=0 training.steps=150 \
+        training.learning_rate=3e-4
 
 The folder has images/, annotations.json with images and categories but no annotations, and counts.json: file name ->
 kind -> number; a kind that is not named has none. Start from a model that was trained on some boxes: counts teach none.
-Boxes change only with the layers that they share with the classes. Nothing else holds them: where no box is known none
-counts, for `training.kl_coef` neither. So train few steps at a small rate.
+Boxes change only with the layers that they share with the classes. Where no box is known none counts, and so
+`training.kl_coef` holds the classes alone. What holds boxes is few steps at a small rate, or frozen blocks.
 """
 
 import json

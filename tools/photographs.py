@@ -122,8 +122,9 @@ class Runs(Runner):
         """Keeps what a run has trained and its predictions for the held-out fold; its checkpoint goes, if nothing
         starts from it."""
         state = load_checkpoint(ROOT / "ckpt" / run.name)
-        depth, frozen = (state["config"][x][y] for x, y in (("model", "depth"), ("training", "freeze_blocks")))
-        names = [name for name in state["model"] if layer_of(name, depth) > frozen]
+        sizes = state["config"]["model"]
+        same = kept_blocks(sizes, state["config"]["training"]["freeze_blocks"])  # of a head alone the last block too
+        names = [name for name in state["model"] if layer_of(name, sizes["depth"]) > same]
         trunk, kept = self.trunk(run.study), {name: state["model"].pop(name) for name in names}
         if not trunk.exists():
             save({"model": state["model"]}, trunk)
