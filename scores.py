@@ -191,7 +191,7 @@ class ConfusionScore:
         else:
             values = self.prices[truth]  # [B, E…, K]
         values = values.unsqueeze(1).expand(-1, actions.shape[1], *values.shape[1:])
-        each = self.task.config.get("rollout", {}).get("action") == "all"  # it wants a reward of each element; one is quicker
+        each = self.task.config.get("rollout", {}).get("action") == "all"  # it wants rewards of elements
         return Credit(None, self.value.expand(actions.shape if each else actions.shape[:3]), values)
 
     def update(self) -> None:

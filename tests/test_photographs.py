@@ -21,7 +21,7 @@ from photographs import BY_REWARD, LABEL_TRICK, Runs, Source
 from PIL import Image
 from price_list import COSTS, price_list
 
-from build import build_model, configure, load_rewards
+from build import build_model, configure, layer_of, load_rewards
 from checkpoint import save_checkpoint
 from coco_ap import average_precision
 from config import flatten, parse_override, read_yaml
@@ -420,14 +420,15 @@ def test_tables_are_means_paired_differences_and_intervals(filled, monkeypatch, 
     assert "then 6 methods with 2 settings each: 28 runs of 2 steps" in photographs.tried()
 
 
-def test_of_a_run_is_kept_what_was_trained_and_what_the_whole_network_predicts(tmp_path, monkeypatch):
+@pytest.mark.parametrize("frozen", [1, 2])  # 2: the head alone is trained, after a run that trained the last block
+def test_of_a_run_is_kept_what_was_trained_and_what_the_whole_network_predicts(frozen, tmp_path, monkeypatch):
     """Through the tokens that are the same for all runs; weights that were frozen otherwise are refused."""
     monkeypatch.setattr(photographs, "ROOT", tmp_path)
     make_folders(tmp_path)
     runner = Runs(Figures(tmp_path / "f.json"), Source(tmp_path, tmp_path / "vit.pth"))
     run, other = photographs.runs_of(STUDY, "label", next(iter(SETTINGS)), "x")[:2]
     cells.make_folds(tmp_path / "train", photographs.folds_of(STUDY))
-    config, task = configure(("", flatten(TINY, "") | {"training.freeze_blocks": 1, "model.dropout": 0.5}))
+    config, task = configure(("", flatten(TINY, "") | {"training.freeze_blocks": frozen, "model.dropout": 0.5}))
     model = build_model(task, 3, torch.device("cpu"))
     about = {"config": config, "classes": ["0", "1", "4"], "model": model.state_dict(), "step": 1, "optimizer": {}}
     for name in (run.name, other.name):
@@ -443,7 +444,8 @@ def test_of_a_run_is_kept_what_was_trained_and_what_the_whole_network_predicts(t
     assert torch.allclose(found["probs"], outputs.softmax(-1).mean(1), atol=1e-5) and len(found["unit"].unique()) == 6
     assert torch.equal(found["targets"], dataset.targets) and not (tmp_path / "ckpt" / run.name).exists()
     kept = photographs.load(runner.path("models", run))["model"]
-    assert set(kept) == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} <= set(kept)
+    assert set(kept) == {name for name in about["model"] if layer_of(name, 2) > 1}
     assert len(runner.predictions(run, "eval")["targets"]) == 12
     about["model"]["cls_token"] += 1
     save_checkpoint(about, tmp_path / "ckpt" / other.name, best=False, keep=1)

@@ -8,6 +8,8 @@ of each truth have which probability of class 1; of boxes all detections of all 
 belong together.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,8 +23,10 @@ from scores import Score
 from segmentation_task import overlay
 
 BINS = 256
+SUPPRESSIONS, COLUMNS = (0.5, 0.4, 0.3, 0.2), ("image", "label", "score", "hit", "miss", "nms")
 PASSES = 16  # T in predictions, of all columns alike
 Found = dict[str, Tensor]
+Decoding = tuple[float, Tensor]  # the IoU of suppression, and of each kind the least score [K]
 
 # --- Predictions ------------------------------------------------------------------------------------------------------
 
@@ -53,6 +57,22 @@ def box_predictions(task, dataset, batch: TensorMiniBatch, outputs: Tensor) -> F
             rows.append((*where, *map(torch.from_numpy, (scores, hit.T, miss.T))))
     columns = map(torch.cat, zip(*rows))
     return dict(zip(("image", "label", "score", "hit", "miss"), columns)) | {"objects": objects}
+
+
+def suppressed_predictions(task, dataset, batch: TensorMiniBatch, outputs: Tensor) -> Found:
+    """Of boxes after suppression at each of SUPPRESSIONS, which is one more column, `nms` [D]; see `suppressed`."""
+    parts, config = [], task.config
+    for iou in SUPPRESSIONS:
+        other = SimpleNamespace(config=config | {"detection": config["detection"] | {"nms_iou": iou}})
+        found = box_predictions(other, dataset, batch, outputs)
+        parts.append(found | {"nms": torch.full_like(found["score"], iou)})
+    return {key: torch.cat([part[key] for part in parts]) for key in COLUMNS} | {"objects": parts[0]["objects"]}
+
+
+def suppressed(found: Found, iou: float) -> Found:
+    """The predictions after suppression at one of SUPPRESSIONS."""
+    mine = found["nms"] == iou
+    return {key: x[mine] if key in COLUMNS else x for key, x in found.items()}
 
 
 def detections(task, content: Tensor, outputs: Tensor) -> list[dict[str, Tensor]]:
@@ -246,6 +266,35 @@ class BoxAP(Boxes):
             place = torch.searchsorted((hits / objects[:, None]).contiguous(), recalls.contiguous())
             total = total + precision.gather(1, place).mean(1)
         return torch.where(objects > 0, total / len(IOU_THRESHOLDS), torch.nan)
+
+
+def box_counts(found: Found, decision: Decoding) -> Tensor:
+    """How many detections of each kind have at least the kind's score: [n, K]. found: see `suppressed_predictions`."""
+    iou, least = decision
+    mine = suppressed(found, iou)
+    shown = mine["score"] >= least[mine["label"]]
+    place = mine["image"] * len(least) + mine["label"]
+    return torch.bincount(place[shown], minlength=found["objects"].numel()).view(found["objects"].shape)
+
+
+def count_errors(found: Found, decision: Decoding) -> Tensor:
+    """The mean absolute error of the counts of each kind, [K]."""
+    return (box_counts(found, decision) - found["objects"].double()).abs().mean(0)
+
+
+def undecided(found: Found) -> Decoding:
+    return SUPPRESSIONS[0], torch.full((found["objects"].shape[1],), SHOWN_SCORE, dtype=torch.float64)
+
+
+def fit_decoding(found: Found) -> Decoding:
+    """With the smallest mean error of the counts; of equal scores the nearest to one half."""
+    levels, fitted = torch.arange(5, 100, dtype=torch.float64) / 100, []
+    for iou in SUPPRESSIONS:
+        same = torch.ones(found["objects"].shape[1], dtype=torch.float64)
+        errors = torch.stack([count_errors(found, (iou, level * same)) for level in levels])  # [levels, K]
+        best = (errors + 1e-9 * (levels[:, None] - SHOWN_SCORE).abs()).argmin(0)
+        fitted.append((float(errors.amin(0).mean()), (iou, levels[best])))
+    return min(fitted, key=lambda pair: pair[0])[1]
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------

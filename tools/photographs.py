@@ -106,16 +106,25 @@ class Runs(Runner):
     def run(self, run: Run) -> dict | None:
         if self.jobs:
             with self.alone:
-                make_folds(self.base.data / "train", folds_of(run.study), run.study.unit)
+                self.prepare(run)
                 self.parts[run.study.name] = self.base
         return super().run(run)
+
+    def prepare(self, run: Run) -> None:
+        """Makes the folders that a run needs."""
+        make_folds(self.base.data / "train", folds_of(run.study), run.study.unit)
+
+    def folder(self, run: Run, part: str) -> Path:
+        """What a run predicts."""
+        return self.base.data / "eval" if part == "eval" else folds_of(run.study) / str(run.fold) / part
 
     def judge(self, run: Run) -> dict:
         """Keeps what a run has trained and its predictions for the held-out fold; its checkpoint goes, if nothing
         starts from it."""
         state = load_checkpoint(ROOT / "ckpt" / run.name)
-        depth, frozen = (state["config"][x][y] for x, y in (("model", "depth"), ("training", "freeze_blocks")))
-        names = [name for name in state["model"] if layer_of(name, depth) > frozen]
+        sizes = state["config"]["model"]
+        same = kept_blocks(sizes, state["config"]["training"]["freeze_blocks"])  # of a head alone the last block too
+        names = [name for name in state["model"] if layer_of(name, sizes["depth"]) > same]
         trunk, kept = self.trunk(run.study), {name: state["model"].pop(name) for name in names}
         if not trunk.exists():
             save({"model": state["model"]}, trunk)
@@ -142,7 +151,7 @@ class Runs(Runner):
         model = build_model(task, len(state["classes"]), torch.device("cpu"))
         model.load_state_dict(trunk["model"] | state["model"])
         blocks = kept_blocks(task.config["model"], task.config["training"]["freeze_blocks"])
-        folder = str(folds_of(run.study) / str(run.fold) / "held" if part == "held" else self.base.data / "eval")
+        folder = str(self.folder(run, part))
         if folder not in self.opened:
             dataset, batches, data = open_set(task, folder, state["classes"]), [], task.config["data"]
             for batch in ordered_batches(dataset, CHUNK):
