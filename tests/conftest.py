@@ -130,3 +130,18 @@ def timm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             qkv = [state[f"vit.layers.{i}.attention.{x}_proj.{kind}"] for x in "qkv"]
             renamed[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(qkv)
     return renamed | {f"{n}.{kind}": state[f"{o}.{kind}"] for n, o in modules.items() for kind in ("weight", "bias")}
+
+
+class NoTraining:
+    """Of a tool's runs: notes what would be trained and what is asked for, and trains nothing."""
+
+    def __init__(self, *arguments, **more):
+        super().__init__(*arguments, **more)
+        self.trained, self.seen = [], []
+
+    def train(self, run):
+        self.trained.append(run)
+        return True
+
+    def judge(self, run):
+        return {}

@@ -7,7 +7,7 @@ import counts
 import judging
 import pytest
 import torch
-from conftest import load_script
+from conftest import NoTraining, load_script
 from experiments import Figures
 from photographs import Source
 from PIL import Image
@@ -173,22 +173,14 @@ def test_only_the_labelled_photographs_keep_their_boxes(tmp_path):
     assert drawn[0] != drawn[1]
 
 
-class FakeRuns(counts.CountRuns):
+class FakeRuns(NoTraining, counts.CountRuns):
     """The error of the predictions is a function of the method and the setting."""
 
     def __init__(self, path, **more):
         super().__init__(Figures(path / "runs.json"), Source(path, path / "vit.pth"), 1, **more)
-        self.trained, self.seen = [], []
 
     def prepare(self, run):
         pass
-
-    def train(self, run):
-        self.trained.append(run)
-        return True
-
-    def judge(self, run):
-        return {}
 
     def predictions(self, run, part):
         self.seen.append((run, part))

@@ -677,6 +677,10 @@ def test_log_values_of_one_choice_are_its_cross_entropy(gap):
     label = 3 * F.cross_entropy(logits[0], torch.tensor([0]))
     assert_close(torch.autograd.grad(loss, logits)[0], torch.autograd.grad(label, logits)[0], 1e-5)
     assert (choices.value_advantages(torch.full((1, 1, 3), 7.3), log_probs.detach(), log_values=True) == 0).all()
+    unknown, counts = torch.tensor([[[1.0, torch.nan, 0]]]), torch.tensor([True])
+    for counted, how in itertools.product((None, counts), (False, True)):
+        found = choices.value_advantages(unknown, log_probs.detach(), counted, how)
+        assert found.isnan().any()  # which the step refuses; as 0 it would be wrong in silence
 
 
 def test_values_of_another_shape_are_refused():

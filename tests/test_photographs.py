@@ -14,7 +14,7 @@ import photographs
 import pytest
 import torch
 from cells import DATA_SETS, FOLDS
-from conftest import TINY, make_folders
+from conftest import TINY, NoTraining, make_folders
 from dice_of_one import dice_of_one
 from experiments import Figures
 from photographs import BY_REWARD, LABEL_TRICK, Runs, Source
@@ -308,23 +308,15 @@ SCORES = tuple(replace(score, settings=None) for score in BASE.scores[2:4])
 STUDY = replace(BASE, scores=SCORES, tricks=("weighted",), settings=SETTINGS, searched=(0, 1), steps=2)
 
 
-class FakeRuns(Runs):
+class FakeRuns(NoTraining, Runs):
     """Predictions are drawn from a run's name: their accuracy is a function of the setting."""
 
     def __init__(self, path: Path, **more):
         super().__init__(Figures(path / "runs.json"), Source(path, path / "vit.pth"), 1, **more)
-        self.trained, self.seen = [], []
         self.parts[STUDY.name] = self.base
 
     def run(self, run):
         return super(Runs, self).run(run)
-
-    def train(self, run):
-        self.trained.append(run)
-        return True
-
-    def judge(self, run):
-        return {}
 
     def predictions(self, run, part):
         self.seen.append((run, part))

@@ -163,7 +163,7 @@ def tuned_by_score(score: str, heading: str) -> Stage:
     return Stage(f"long-tail-{score}", steps, rates(1e-3, **DOUBT), columns, "label", paired="label")
 
 
-def masks(name: str, data: Callable, marker: str) -> Study:
+def masks(name: str, data: Callable) -> Study:
     """Masks from scratch, and tuned from the label's checkpoints for half as many steps."""
     methods = {
         "label": [*LABEL, NO_BONUS],
@@ -172,8 +172,8 @@ def masks(name: str, data: Callable, marker: str) -> Study:
         "log mean_iou + label": [*LOG_IOU, "training.label_coef=0.3"],
     }
     tuning = {method: [*keys, "training.steps=300"] for method, keys in methods.items()}
-    scratch = Stage(marker, methods, rates(4e-3, 8e-3), PIXELS, paired="label")
-    tuned = Stage(f"{marker}-tuned", tuning, rates(2e-3, 4e-3), PIXELS, start="label", paired="label")
+    scratch = Stage(name, methods, rates(4e-3, 8e-3), PIXELS, paired="label")
+    tuned = Stage(f"{name}-tuned", tuning, rates(2e-3, 4e-3), PIXELS, start="label", paired="label")
     return Study(name, "config_segmentation.yaml", data, 3, 1, 600, 3, (scratch, tuned), scores=("mean_iou",))
 
 
@@ -184,11 +184,10 @@ BY_BOXES = {
     "detection_reward, all": [*BY_REWARD, "rollout.action=all", "rollout.actions_per_sample=8"],
     "detection_set_credit + label": ["rollout.reward=detection_set_credit", "training.label_coef=0.3"],
 }
-TUNED_BOXES = BY_BOXES | {
+TUNED_BOXES = {name: BY_BOXES[name] for name in ("label", "detection_reward", "detection_set_credit + label")} | {
     "label by log_prob": [*LABEL, "detection.supervised_loss=log_prob"],
     "detection_set_credit": ["rollout.reward=detection_set_credit", "training.label_coef=0"],
 }
-TUNED_BOXES.pop("detection_reward, all")
 BOXES = {"map": "mAP@[.5:.95]", "ap50": "AP50", "ap75": "AP75", "f1": "F1@0.5", "mean_f1": "F1, mean of classes"}
 STUDIES = {
     "digits": Study(
@@ -243,8 +242,8 @@ STUDIES = {
             tuned_by_score("macro_f1", "macro-F1"),
         ),
     ),
-    "masks-noisy": masks("masks-noisy", folders("data/scenes/noisy_train", "data/scenes/noisy_eval"), "masks-noisy"),
-    "masks-clear": masks("masks-clear", folders("data/scenes/train", "data/scenes/eval"), "masks-clear"),
+    "masks-noisy": masks("masks-noisy", folders("data/scenes/noisy_train", "data/scenes/noisy_eval")),
+    "masks-clear": masks("masks-clear", folders("data/scenes/train", "data/scenes/eval")),
     "micrographs": Study(
         "micrographs", "config_segmentation.yaml", folders("train", "eval", micrograph), 3, 1, 500, 15,
         scores=("mean_iou",),
