@@ -15,25 +15,29 @@ from data_types import InputError
 LEAST_LOG_PROB = -80.0  # of a choice in an expected value: what is rarer for float32 still counts in its logarithm
 
 
-def every_choice(policy: Distribution) -> tuple[Tensor, Tensor, Tensor | None]:
-    """All K choices of each categorical element as actions [B, T, K, E…], log π of each, in the same layout, and which
-    elements are categorical, bool [E…] (None: all). A policy that also has others has a method of this name, with K
-    first. Raises InputError where there is nothing to enumerate."""
-    if hasattr(policy, "every_choice"):
-        actions, log_probs, categorical = policy.every_choice()
+def every_choice(policy: Distribution) -> Tensor:
+    """All K choices of each categorical element as actions [B, T, K, E…]."""
+    return policy.enumerate_support().movedim(0, 2)
+
+
+def choice_log_probs(policy: Distribution) -> tuple[Tensor, Tensor | None]:
+    """log π of every choice, [B, T, K, E…], and which elements are categorical, bool [E…] (None: all). A policy that
+    also has others has a method of this name, with K first. Raises InputError where there is nothing to enumerate."""
+    if hasattr(policy, "choice_log_probs"):
+        log_probs, categorical = policy.choice_log_probs()
     elif policy.has_enumerate_support and not policy.event_shape:
-        actions, categorical = policy.enumerate_support(), None
-        log_probs = policy.logits.movedim(-1, 0) if isinstance(policy, Categorical) else policy.log_prob(actions)
+        logits, categorical = isinstance(policy, Categorical), None
+        log_probs = policy.logits.movedim(-1, 0) if logits else policy.log_prob(policy.enumerate_support())
     else:
         name = type(policy).__name__
         raise InputError(f"rollout.action: all: a {name} has no choices that could be enumerated; take sample")
     log_probs = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)  # of an impossible choice the ratio is 1, not NaN
-    return actions.movedim(0, 2), log_probs.movedim(0, 2), categorical
+    return log_probs.movedim(0, 2), categorical
 
 
 def log_weights(log_probs: Tensor, categorical: Tensor | None, draws: int) -> Tensor:
     """Log of the weight of each action in an expectation, [B, T, draws + K, E…], after `draws` drawn ones the choices:
-    an element that is categorical (see `every_choice`) is averaged over its choices, another over its draws.
+    an element that is categorical (see `choice_log_probs`) is averaged over its choices, another over its draws.
     log_probs: of the choices, [B, T, K, E…]."""
     drawn = log_probs[:, :, :1].expand(-1, -1, draws, *log_probs.shape[3:])
     if categorical is None:

@@ -242,14 +242,17 @@ class ClassAndBox(Distribution):
     def mode(self) -> Tensor:
         return pack(self.classes.mode, self.boxes.mode)
 
-    def every_choice(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of `choices.py`: each class with the mean box, [K + 1, ..., 2, P, 4]; log π of it, [K + 1, ..., 2, P]
-        (of a box, which has no choices, that of K + 1 equal ones); and that classes alone are categorical, [2, 1]."""
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """Each class with the mean box: [K + 1, ..., 2, P, 4]."""
+        classes = self.classes.enumerate_support()
+        return pack(classes, self.boxes.mean.expand(len(classes), *self.boxes.mean.shape))
+
+    def choice_log_probs(self) -> tuple[Tensor, Tensor]:
+        """Of `choices.py`: log π of each class, [K + 1, ..., 2, P] (of a box, which has no choices, that of K + 1 equal
+        ones); and that classes alone are categorical, [2, 1]."""
         logits = self.classes.logits.movedim(-1, 0)  # [K + 1, ..., P]
-        boxes = self.boxes.mean.expand(len(logits), *self.boxes.mean.shape)
-        actions = pack(self.classes.enumerate_support(), boxes)
         log_probs = torch.stack([logits, torch.full_like(logits, -math.log(len(logits)))], -2)
-        return actions, log_probs, torch.tensor([[True], [False]], device=logits.device)
+        return log_probs, torch.tensor([[True], [False]], device=logits.device)
 
 
 @register_kl(ClassAndBox, ClassAndBox)
@@ -299,18 +302,18 @@ def detection_set_credit(
     [B, T, 2, P, K + 1], 0 for boxes; the scores are one per action, [B, T, A]."""
     num_classes, (truth, labels, crowd) = outputs.shape[-1] - 5, (metadata[x] for x in ("boxes", "labels", "crowd"))
     empty = (truth[..., 2:] <= truth[..., :2]).any(-1)
-    labels = F.pad(torch.where(crowd | empty, -1, labels), (0, 1), value=-1)  # [B, M]; there may be no object
-    truth = F.pad(truth, (0, 0, 0, 1)).to(actions.dtype)
+    labels = F.pad(torch.where(crowd | empty, -1, labels), (0, 1), value=-1)  # [B, M + 1]
+    grid = metadata["patch_size"], metadata.get("columns")
+    own = decode_boxes(targets[:, 1], *grid)[:, :, None]  # each patch's own object beside all objects, [B, P, 1, 4]
+    truth = torch.cat([truth.to(own.dtype)[:, None].expand(-1, own.shape[1], -1, -1), own], 2)  # [B, P, M + 1, 4]
     classes = actions[..., 0, :, 0].long()
-    boxes = decode_boxes(actions[..., 1, :, :], metadata["patch_size"], metadata.get("columns"))
     if (counted := metadata.get("counted")) is not None:
         classes = torch.where(counted[:, None, None, 0], classes, num_classes)
-    iou = box_iou(boxes[..., None, :], truth[:, None, None, None])  # [B, T, A, P, M]
+    iou = box_iou(decode_boxes(actions[..., 1, :, :], *grid)[..., None, :], truth[:, None, None])  # [B, T, A, P, M + 1]
     labels = labels[:, None, None].expand(*iou.shape[:3], -1)
     score, values = set_values(classes, iou, labels, num_classes, thresholds)
     values = values.mean(2) * ((labels[:, :1, 0] >= 0).sum(-1) + 1)[..., None, None]  # [B, T, P, K + 1]
-    own = box_iou(raw_to_corners(actions[..., 1, :, :]), raw_to_corners(targets[:, None, None, 1]))
-    advantages = F.pad(compute_advantages(own, "maxrl").unsqueeze(-2), (0, 0, 1, 0))
+    advantages = F.pad(compute_advantages(iou[..., -1], "maxrl").unsqueeze(-2), (0, 0, 1, 0))
     return Credit(advantages, score, F.pad(values.unsqueeze(2), (0, 0, 0, 0, 0, 1)))
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributions import Categorical, Distribution, kl_divergence
 
-from choices import every_choice, expected_advantages, join, log_weights, value_advantages
+from choices import choice_log_probs, every_choice, expected_advantages, join, log_weights, value_advantages
 from data_types import Credit, Episode, InputError, TensorMiniBatch
 
 # reward(actions [B, T, A, E…], outputs [B, T, …], targets [B, E…], metadata) -> [B, T, A] or [B, T, A, E…]
@@ -63,7 +63,7 @@ def all_log_probs(policy: Distribution, actions: Tensor, choices: bool) -> Tenso
     """log π of the drawn actions [B, T, A, E…] and, with `choices`, of every choice after them: [B, T, N, E…]."""
     if not choices:
         return action_log_prob(policy, actions)
-    log_probs = every_choice(policy)[1]
+    log_probs = choice_log_probs(policy)[0]
     return torch.cat([action_log_prob(policy, actions), log_probs], 2) if actions.shape[2] else log_probs
 
 
@@ -264,9 +264,10 @@ def choose(policy: Distribution, settings: RolloutSettings) -> tuple[Tensor, Ten
     elif settings.action == "sample":
         actions = sample_actions(policy, settings.actions_per_sample)
     else:
-        choices, log_probs, categorical = every_choice(policy)
-        if (found := choices.shape[2]) > settings.max_choices:
+        log_probs, categorical = choice_log_probs(policy)
+        if (found := log_probs.shape[2]) > settings.max_choices:
             raise InputError(f"rollout.action: all: {found} choices, rollout.max_choices is {settings.max_choices}")
+        choices = every_choice(policy)
         draws = 0 if categorical is None else settings.actions_per_sample
         actions = sample_actions(policy, draws) if draws else choices[:, :, :0]
         return actions, torch.cat([actions, choices], 2), log_weights(log_probs, categorical, draws)
@@ -308,13 +309,13 @@ def rollout(
             metadata["entropy"] = drawn_from.entropy()  # here, where the probabilities are at hand
             metadata["reward_weights"] = None if weighting is None else weighting.exp() * weighting.shape[2]
             if values is not None:
-                _, choice_log_probs, categorical = every_choice(drawn_from)
-                if (given := values.shape[-1]) != (found := choice_log_probs.shape[2]):
+                of_each, categorical = choice_log_probs(drawn_from)
+                if (given := values.shape[-1]) != (found := of_each.shape[2]):
                     raise InputError(f"rollout.reward: returned values of {given} choices; the policy has {found}")
                 if weighting is None:
                     actions = actions if advantages is not None else actions[:, :, :0]  # nothing is learned from them
-                    weighting = log_weights(choice_log_probs, categorical, actions.shape[2])
-                of_choices = value_advantages(values, choice_log_probs, batch.counted, settings.log_values)
+                    weighting = log_weights(of_each, categorical, actions.shape[2])
+                of_choices = value_advantages(values, of_each, batch.counted, settings.log_values)
                 advantages = join(advantages, of_choices, weighting.shape[2])
             weights = None if weighting is None else weighting.exp() * weighting.shape[2]
         log_probs = all_log_probs(policy, actions, choices=weights is not None)

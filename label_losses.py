@@ -1,7 +1,7 @@
 """Losses of labels by name (`training.supervised_loss`), beside cross-entropy: for classes that are not equally
 frequent, and of whole masks.
 
-All take the same. log_probs: log π of each class, [B, T, K, E…], as `choices.every_choice` lays them out; targets:
+All take the same. log_probs: log π of each class, [B, T, K, E…], as `choices.choice_log_probs` lays them out; targets:
 int64 [B, T, 1, E…]; counted: bool [B, E…], the elements that count, None: all; counts: elements of each class in the
 training set, [K], or of tags [2, tags]. All return a loss of each element, [B, T, 1, E…], which depends on its image
 alone, so that a run depends neither on micro-batches nor on the number of processes. Of an element that does not count

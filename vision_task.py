@@ -11,7 +11,7 @@ from torch.distributions import Categorical, Distribution
 from torch.utils.data import Dataset
 
 from augment import turned
-from choices import every_choice
+from choices import choice_log_probs
 from config import Key
 from data_types import InputError, TensorMiniBatch
 from evaluation import (
@@ -94,7 +94,7 @@ class Task:
         name = self.config["training"]["supervised_loss"]
         if name == "cross_entropy":
             return nll(policy, targets)
-        log_probs = every_choice(policy)[1]
+        log_probs = choice_log_probs(policy)[0]
         if self.class_counts is not None:
             self.class_counts = self.class_counts.to(log_probs)  # once: a copy to the GPU would be waited for each step
         return self.losses[name](log_probs, targets.long(), counted, self.class_counts)

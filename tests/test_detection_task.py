@@ -341,7 +341,8 @@ def test_set_credit_against_brute_force(credit, seed):
         inside = counted[b, 0]
         torch.testing.assert_close(found.values[b, t, 0][inside], expected[inside], rtol=0, atol=1e-9)
     iou_of_boxes = det.detection_reward(actions, None, targets, {})[..., 1, :]
-    assert torch.equal(found.advantages[..., 1, :], grpo.compute_advantages(iou_of_boxes, "maxrl"))
+    expected = grpo.compute_advantages(iou_of_boxes, "maxrl")
+    torch.testing.assert_close(found.advantages[..., 1, :], expected, rtol=0, atol=1e-12)
     assert not found.advantages[..., 0, :].any()
 
 

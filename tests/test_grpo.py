@@ -535,7 +535,7 @@ def test_a_right_choice_too_rare_for_float32_still_counts_under_maxrl(gap):
     """Its probability is below float32's smallest number; the gradient is cross-entropy's, and nothing is NaN."""
     logits = torch.tensor([[[0.0, gap, 1.0]]], requires_grad=True)
     policy = classification_policy_adapter(logits)
-    _, log_probs, _ = choices.every_choice(policy)
+    log_probs, _ = choices.choice_log_probs(policy)
     advantages = choices.expected_advantages(torch.tensor([[[1.0, 0.0, 0.0]]]), log_probs.detach(), "maxrl")
     loss = grpo.clipped_loss(log_probs, log_probs.detach(), advantages, 0.2, 0.28)[0].mean()
     gradient = torch.autograd.grad(loss, logits)[0]
@@ -551,7 +551,7 @@ def test_a_choice_that_is_impossible_changes_nothing(estimator):
         given = logits.clone()
         given[..., 3] = -torch.inf
         given = given[..., :K].requires_grad_()
-        log_probs = choices.every_choice(classification_policy_adapter(given))[1]
+        log_probs = choices.choice_log_probs(classification_policy_adapter(given))[0]
         advantages = choices.expected_advantages(rewards[..., :K], log_probs.detach(), estimator)
         loss = grpo.clipped_loss(log_probs, log_probs.detach(), advantages, 0.2, 0.28)[0].sum(2).mean() / K
         gradients.append(torch.autograd.grad(loss, given)[0])
@@ -670,7 +670,7 @@ def test_log_values_of_one_choice_are_its_cross_entropy(gap):
     """Times its value, also where its probability is below float32's smallest number; 0 where all values are equal."""
     logits = torch.tensor([[[0.0, gap, 1.0]]], requires_grad=True)
     policy = classification_policy_adapter(logits)
-    _, log_probs, _ = choices.every_choice(policy)
+    log_probs, _ = choices.choice_log_probs(policy)
     values = torch.tensor([[[2.5, -0.5, -0.5]]])
     advantages = choices.value_advantages(values, log_probs.detach(), log_values=True)
     loss = grpo.clipped_loss(log_probs, log_probs.detach(), advantages, 0.2, 0.28)[0].sum(2).mean()

@@ -24,7 +24,7 @@ import label_losses
 import train
 from build import configure
 from checkpoint import load_checkpoint
-from choices import every_choice
+from choices import choice_log_probs
 from data_types import TensorMiniBatch
 from detection_task import box_policy_adapter, cross_entropy_iou_loss
 from grpo import keyed_rng, mean_counted, nll
@@ -130,7 +130,7 @@ def test_losses_by_counts_of_equal_classes_are_cross_entropy():
     logits, targets = random_logits(5, 2, 3), of_passes(torch.tensor([0, 1, 2, 1, 0]), 2)
     policy = Categorical(logits=logits)
     for loss in ("weighted", "logit_adjusted"):
-        found = CLASS_LOSSES[loss](every_choice(policy)[1], targets, None, torch.full((3,), 7))
+        found = CLASS_LOSSES[loss](choice_log_probs(policy)[0], targets, None, torch.full((3,), 7))
         torch.testing.assert_close(found, nll(policy, targets))
 
 
@@ -138,12 +138,13 @@ def test_focal_is_cross_entropy_of_what_is_wrong_and_nothing_of_what_is_right():
     """Sure of the right class, value and gradient vanish; sure of a wrong one, they are those of cross-entropy. Of a
     choice that is impossible the loss is no NaN."""
     logits = torch.tensor([[[30.0, 0.0], [-30.0, 0.0]]], dtype=torch.float64, requires_grad=True)
-    loss = label_losses.focal(every_choice(Categorical(logits=logits))[1], torch.zeros(1, 2, 1, dtype=torch.int64))
+    loss = label_losses.focal(choice_log_probs(Categorical(logits=logits))[0], torch.zeros(1, 2, 1, dtype=torch.int64))
     gradient = torch.autograd.grad(loss.sum(), logits)[0][0]
     assert loss.flatten().tolist() == pytest.approx([0, 30]) and 0 <= loss.flatten().tolist()[0] < 1e-20
     assert gradient.flatten().tolist() == pytest.approx([0, 0, -1, 1], abs=1e-10)
     impossible = Categorical(logits=torch.tensor([[[0.0, -torch.inf]]]))
-    assert not label_losses.focal(every_choice(impossible)[1], torch.zeros(1, 1, 1, dtype=torch.int64)).isnan().any()
+    log_probs, right = choice_log_probs(impossible)[0], torch.zeros(1, 1, 1, dtype=torch.int64)
+    assert not label_losses.focal(log_probs, right).isnan().any()
 
 
 def test_the_best_logits_of_logit_adjusted_are_the_balanced_posterior():
@@ -212,7 +213,7 @@ def test_losses_of_masks_against_their_definitions(loss, seed, num_classes, some
     logits, targets, counted = masks(num_classes, seed=seed)
     logits = logits.round() if coarse else logits
     counted = counted if some_count else None
-    log_probs = every_choice(mask_policy_adapter(logits))[1]
+    log_probs = choice_log_probs(mask_policy_adapter(logits))[0]
     found = MASK_LOSSES[loss](log_probs, of_passes(targets, 2), counted)
     assert found.shape == (3, 2, 1, 3, 4) and torch.equal(found, found[..., :1, :1].expand_as(found))
     for b in range(3):
@@ -229,7 +230,7 @@ def test_of_hard_predictions_they_are_the_scores_of_scikit_learn(loss, score):
     _, targets, counted = masks(4, B=6, seed=3)
     predicted = torch.randint(4, (6, 1, 3, 4), generator=torch.Generator().manual_seed(4))
     predicted[1, 0] = targets[1]  # a perfect one
-    log_probs = every_choice(mask_policy_adapter(1e4 * F.one_hot(predicted, 4).double()))[1]
+    log_probs = choice_log_probs(mask_policy_adapter(1e4 * F.one_hot(predicted, 4).double()))[0]
     found = MASK_LOSSES[loss](log_probs, of_passes(targets, 1), counted)[:, 0, 0, 0, 0].tolist()
     for b in range(6):
         truth, guess = targets[b][counted[b]], predicted[b, 0][counted[b]]
@@ -243,7 +244,7 @@ def test_gradients_of_masks_are_those_of_finite_differences(loss):
     logits, targets, counted = masks(3)
 
     def mean(logits):
-        log_probs = every_choice(mask_policy_adapter(logits))[1]
+        log_probs = choice_log_probs(mask_policy_adapter(logits))[0]
         return mean_counted(MASK_LOSSES[loss](log_probs, of_passes(targets, 2), counted), counted)
 
     assert torch.autograd.gradcheck(mean, logits.requires_grad_())
@@ -257,7 +258,7 @@ def test_lovasz_keeps_its_precision_on_large_masks():
     gradients = []
     for dtype in (torch.float32, torch.float64):
         x = logits.to(dtype).requires_grad_()
-        loss = label_losses.lovasz(every_choice(mask_policy_adapter(x))[1], of_passes(targets, 1))
+        loss = label_losses.lovasz(choice_log_probs(mask_policy_adapter(x))[0], of_passes(targets, 1))
         gradients.append(torch.autograd.grad(loss.mean(), x)[0].double())
     assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 1e-4
 
@@ -271,7 +272,7 @@ def test_pixels_that_do_not_count_do_not_matter(loss):
 
     def value_and_gradient(logits, targets, counted):
         logits = logits.clone().requires_grad_()
-        log_probs = every_choice(mask_policy_adapter(logits))[1]
+        log_probs = choice_log_probs(mask_policy_adapter(logits))[0]
         value = mean_counted(MASK_LOSSES[loss](log_probs, of_passes(targets, 2), counted, COUNTS), counted)
         return value.detach(), torch.autograd.grad(value, logits)[0]
 
@@ -314,7 +315,7 @@ def test_micro_batches_do_not_matter(loss, keep_graph):
     batch = TensorMiniBatch(random_logits(4, 3), targets, {}, counted)
     with keyed_rng("net"):
         model = Pixelwise()
-    log_probs = every_choice(task.policy(model(batch.inputs, model.sample_masks(4, 2))))[1]
+    log_probs = choice_log_probs(task.policy(model(batch.inputs, model.sample_masks(4, 2))))[0]
     each = -log_probs.gather(2, of_passes(targets, 2))
     if loss != "cross_entropy":
         each = MASK_LOSSES[loss](log_probs, of_passes(targets, 2), counted, COUNTS)
