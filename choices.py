@@ -32,7 +32,7 @@ def choice_log_probs(policy: Distribution) -> tuple[Tensor, Tensor | None]:
         name = type(policy).__name__
         raise InputError(f"rollout.action: all: a {name} has no choices that could be enumerated; take sample")
     log_probs = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)  # of an impossible choice the ratio is 1, not NaN
-    return log_probs.movedim(0, 2), categorical
+    return log_probs.movedim(0, 2).contiguous(), categorical  # choices last would make all that follows slower
 
 
 def log_weights(log_probs: Tensor, categorical: Tensor | None, draws: int) -> Tensor:
@@ -83,7 +83,7 @@ def value_advantages(
     bound, Δ · (1 + log(μ / Δ)) <= μ, equal where the best choice is certain. A choice that is rare is learned as soon
     as one that is not. If one choice alone is worth anything, this is its cross-entropy times its value.
     """
-    values = values.movedim(-1, 2)
+    values = values.movedim(-1, 2).contiguous()
     above = values - values.amin(2, keepdim=True)
     highest = above.amax(2, keepdim=True)
     live = highest != 0 if counted is None else (highest != 0) & counted[:, None, None]  # NaN is not hidden

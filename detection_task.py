@@ -225,6 +225,7 @@ class ClassAndBox(Distribution):
 
     def __init__(self, logits: Tensor, boxes: Tensor, std: float):
         self.classes = Categorical(logits=logits)
+        self.classes.probs = self.classes.logits.exp()  # softmax is slow over few classes
         self.boxes = Independent(Normal(boxes, std), 1)
         super().__init__(logits.shape[:-2] + (2, logits.shape[-2]), torch.Size([4]), validate_args=False)
 

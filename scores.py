@@ -189,7 +189,7 @@ class ConfusionScore:
             truth = F.one_hot(truth, probs.shape[-1]).to(self.seen.dtype)  # [B, E…, K]
             values = torch.einsum("b...y,...yk->b...k", truth, self.prices)
         else:
-            values = self.prices[truth]  # [B, E…, K]
+            values = F.embedding(truth, self.prices)  # [B, E…, K]; quicker than an index
         values = values.unsqueeze(1).expand(-1, actions.shape[1], *values.shape[1:])
         each = self.task.config.get("rollout", {}).get("action") == "all"  # it wants rewards of elements
         return Credit(None, self.value.expand(actions.shape if each else actions.shape[:3]), values)
