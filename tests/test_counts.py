@@ -173,6 +173,36 @@ def test_only_the_labelled_photographs_keep_their_boxes(tmp_path):
     assert drawn[0] != drawn[1]
 
 
+def test_the_counts_pick_the_best_detections_for_boxes(tmp_path):
+    """In pixels of the file, which is half as large as the input; the labelled keep their own."""
+    folder_of(tmp_path / "train", 45)
+    counts.make_parts(tmp_path / "train", tmp_path / "0", 0)
+    labelled, dataset = (DetectionDataset(str(tmp_path / "0" / part), 16, 4) for part in ("labelled", "counted"))
+    sizes = {"model.image_size": 16, "model.patch_size": 4, "detection.nms_iou": 0.9}
+    config, task = configure(("config_detection.yaml", read_yaml("config_detection.yaml")), ("", sizes))
+    batch = dataset.batch(torch.arange(len(dataset)), torch.zeros(len(dataset), 3, 16, 16))
+    outputs = torch.zeros(len(dataset), 1, 16, 2 + 5)
+    order = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i)) for i in range(len(dataset))])
+    outputs[:, 0, :, 0] = 5 + order / 16  # patches of the first kind, the highest number is the surest; as large as one
+    outputs[:, 0, ::2, 0], outputs[:, 0, ::2, 1] = 0, 5 + order[:, ::2] / 16
+    counts.pick_boxes(tmp_path / "0", task, dataset, iter([(batch, outputs)]))
+    found = DetectionDataset(str(tmp_path / "0" / "picked"), 8, 4)
+    assert found.classes == ["x", "y"] and len(found) == len(labelled) + len(dataset) == 42
+    own = dict(zip((Path(path).name for path in labelled.paths), labelled.labels))
+    for path, boxes, labels in zip(found.paths, found.boxes, found.labels):
+        if (name := Path(path).name) in own:
+            assert torch.equal(labels, own[name]) and (boxes == torch.tensor([1.0, 1, 5, 5])).all()
+            continue
+        i = dataset.paths.index(path := path.replace("picked", "counted"))
+        known = count.known_counts([path], found.classes)[0]
+        expected = []
+        for k, start in enumerate((1, 0)):
+            patches = sorted(range(start, 16, 2), key=lambda p, i=i: -order[i, p])[: int(known[k])]
+            expected += [[k, 2 * (p % 4), 2 * (p // 4), 2 * (p % 4) + 2, 2 * (p // 4) + 2] for p in patches]
+        rows = torch.cat([labels[:, None].float(), boxes], 1).round(decimals=4).tolist()
+        assert rows == expected
+
+
 class FakeRuns(NoTraining, counts.CountRuns):
     """The error of the predictions is a function of the method and the setting."""
 
@@ -217,7 +247,7 @@ def test_all_that_is_tried_can_be_run():
             run = counts.runs_of(method, setting, next(iter(counts.SETTINGS["start"])))[3]
             keys = dict(map(parse_override, run.overrides(Source(Path("data"), Path("vit.pth")))))
             config, task = configure((run.study.config, read_yaml(run.study.config)), ("weights", sizes), ("", keys))
-            part = "counted" if method == "counts" else "labelled"
+            part = {"counts": "counted", "picked": "picked"}.get(method, "labelled")
             assert load_rewards(task) and config["data"]["train_dir"].endswith(f"/3/{part}")
             assert config["training"]["label_coef"] == 0 and not config["data"]["eval_dir"]
             begin = f"experiments/ckpt/{run.start.name}/last.pt" if run.start else "vit.pth"

@@ -1,5 +1,6 @@
 """Blood cells with boxes on 30 photographs and counts on the others: by the boxes alone, by decoding that is fitted to
-the counts, and by a reward that knows nothing but the counts (examples/count_credit.py).
+the counts, by boxes that the counts pick among detections, and by a reward that knows nothing but the counts
+(examples/count_credit.py).
 
     uv run tools/counts.py --data DIR --start vits14.pth    # settings, then the runs of the table
     uv run tools/counts.py --tables                         # the table again, without a run
@@ -37,15 +38,18 @@ from studies import LABEL, ROOT
 from torch import Tensor
 
 from folders import find_images
+from frame import to_file
 
 FIGURES, MARKER, KINDS = HOME / "docs" / "counts.json", "counts", ("RBC", "WBC", "platelets")
 SEEDS, SEARCHED, WITH_BOXES = 5, 2, 30
 REWARD = ["rollout.reward=examples/count_credit.py:count_credit"]
-METHODS = {"start": LABEL, "label": LABEL, "counts": REWARD}
+METHODS = {"start": LABEL, "label": LABEL, "picked": LABEL, "counts": REWARD}
+PARTS = {"counts": "counted", "picked": "picked"}  # what a method is trained on; the others: labelled
 HEAD = [*START, "training.freeze_blocks=12"]  # boxes stay, but for the norm that they share with the classes
 TUNED = doubts(3e-4, 1e-3, block=START, head=HEAD)
-SETTINGS = {"start": doubts(3e-4, 1e-3, start=START), "label": TUNED, "counts": TUNED}
-WORDS = {"start": "label", "label": "label, as many steps again", "counts": "label, then reward on counts"}
+SETTINGS = {"start": doubts(3e-4, 1e-3, start=START), "label": TUNED, "picked": TUNED, "counts": TUNED}
+WORDS = {"start": "label", "label": "label, as many steps again", "picked": "label, then label on picked boxes"}
+WORDS |= {"counts": "label, then reward on counts"}
 DECIDED = "", "", "the median count of each kind"
 
 
@@ -63,7 +67,7 @@ class CountRun(Run):
     """fold: the seed."""
 
     def overrides(self, source: Source) -> list[str]:
-        part = "counted" if self.method == "counts" else "labelled"
+        part = PARTS.get(self.method, "labelled")
         begin = f"{ROOT}/ckpt/{self.start.name}/last.pt" if self.start else source.weights
         keys = [*STUDY.common, *METHODS[self.method], *SETTINGS[self.method][self.setting]]
         keys += [f"data.train_dir={folds_of(STUDY)}/{self.fold}/{part}", f"training.steps={STUDY.steps}"]
@@ -72,7 +76,10 @@ class CountRun(Run):
 
 class CountRuns(Runs):
     def prepare(self, run: Run) -> None:
-        make_parts(self.base.data / "train", folds_of(STUDY) / str(run.fold), run.fold)
+        folder = folds_of(STUDY) / str(run.fold)
+        make_parts(self.base.data / "train", folder, run.fold)
+        if run.method == "picked" and not (folder / "picked").exists():
+            pick_boxes(folder, *self.outputs(run.start, "counted"))
 
 
 def make_parts(train_dir: Path, folder: Path, seed: int) -> None:
@@ -97,6 +104,33 @@ def make_parts(train_dir: Path, folder: Path, seed: int) -> None:
             of_part["annotations"] = []
         (unfinished / part / "annotations.json").write_text(json.dumps(of_part), encoding="utf-8")
     unfinished.replace(folder)
+
+
+def pick_boxes(folder: Path, task, dataset, stream) -> None:
+    """What a loss can make of counts: beside the parts of `make_parts` the folder picked/, labelled/ and counted/ with,
+    of each kind, a model's best detections for boxes, as many as are there. dataset, stream: see `Runs.outputs`."""
+    parts = [json.loads((folder / part / "annotations.json").read_text()) for part in ("labelled", "counted")]
+    ids = {Path(row["file_name"]).name: row["id"] for row in parts[1]["images"]}
+    kinds, rows = {row["name"]: row["id"] for row in parts[1]["categories"]}, parts[0]["annotations"]
+    for batch, outputs in stream:
+        known = known_counts(batch.metadata["paths"], dataset.classes).long().tolist()
+        places = batch.metadata["indices"].tolist()
+        affine = dataset.affine([dataset.sizes[place] for place in places])
+        for i, found in enumerate(judging.detections(task, batch.metadata["content"], outputs)):
+            boxes, name = to_file(found["boxes"].double(), affine[i]), Path(dataset.paths[places[i]]).name
+            for kind, count in zip(dataset.classes, known[i]):
+                mine = boxes[found["labels"] == dataset.classes.index(kind)][:count]  # the best are the first
+                for x0, y0, x1, y1 in mine.tolist():
+                    box = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0), "iscrowd": 0}
+                    rows.append(box | {"image_id": ids[name], "category_id": kinds[kind]})
+    (images := (unfinished := folder / "picked.part") / "images").mkdir(parents=True, exist_ok=True)
+    for path in (path for part in ("labelled", "counted") for path in (folder / part / "images").iterdir()):
+        (images / path.name).unlink(missing_ok=True)
+        os.symlink(path.resolve(), images / path.name)
+    merged = {"images": parts[0]["images"] + parts[1]["images"]}
+    merged |= {"annotations": [row | {"id": i} for i, row in enumerate(rows)]}
+    (unfinished / "annotations.json").write_text(json.dumps(parts[0] | merged))
+    unfinished.replace(folder / "picked")
 
 
 def counts_of(coco: dict) -> dict[str, dict[str, int]]:
