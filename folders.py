@@ -236,9 +236,31 @@ def list_folder(root: str) -> list[os.DirEntry]:
         raise folder_error(error) from None
 
 
-def class_notes(root: str, classes: Iterable[str]) -> list[str]:
-    """Lines on images that lie beside the class folders, and on classes that are called like splits."""
+def subfolders(root: str) -> list[str]:
+    """The names of the visible folders in `root`, sorted. Raises InputError."""
+    return sorted(e.name for e in list_folder(root) if e.is_dir() and is_visible(e.name))
+
+
+def inner_hint(root: str) -> str:
+    """What to name in place of a folder that holds a single one, if that holds several; else nothing."""
+    outer = subfolders(root)
+    path = os.path.join(root, *outer)
+    inner = subfolders(path) if len(outer) == 1 else []
+    splits = bool(inner) and all(map(SPLITS.fullmatch, inner))
+    if splits:
+        path = os.path.join(path, min(inner, key=lambda name: not name.lower().startswith("train")))
+    listed = ", ".join(inner[:3]) + ", …" * (len(inner) > 3)
+    kind = "splits" if splits else "the classes"
+    return f"; if {listed} are {kind}, name {path}" if len(inner) > 1 else ""
+
+
+def class_notes(root: str, folders: dict[str, str]) -> list[str]:
+    """Lines on images that lie beside the class folders, and on classes, or parts of one, that are called like splits.
+    folders: see `find_classes`."""
     loose = sorted(e.name for e in list_folder(root) if e.name.lower().endswith(SUFFIXES) and not e.is_dir())
-    loose, splits = list(filter(is_visible, loose)), list(filter(SPLITS.fullmatch, classes))
+    loose, splits = list(filter(is_visible, loose)), list(filter(SPLITS.fullmatch, folders))
     notes = [f"not read: {len(loose)} images beside the class folders, {loose[0]} the first"] if loose else []
-    return notes + [f"{', '.join(splits)} are taken for classes, though they are called like splits"] * bool(splits)
+    notes += [f"{', '.join(splits)} are taken for classes, though they are called like splits"] * bool(splits)
+    first = next(iter(folders.values()))  # the others are like it, and some hold a million files
+    parts = list(filter(SPLITS.fullmatch, subfolders(first)))
+    return notes + [f"{first}: {', '.join(parts)} in a class folder are one set, and all are read"] * (len(parts) > 1)

@@ -22,7 +22,7 @@ from evaluation import (
     mutual_information,
     predictive_entropy,
 )
-from folders import SUFFIXES, class_notes, find_classes, find_images, not_read_note, plain_name
+from folders import SUFFIXES, class_notes, find_classes, find_images, inner_hint, not_read_note, plain_name
 from frame import Frame
 from grpo import Reward, classification_policy_adapter, nll
 from images import ImageDataset, Prepared, draw_mirrored, mirror
@@ -207,7 +207,8 @@ class Classification(Task):
     def open(self, root: str, classes: list[str] | None = None) -> VisionClassificationDataset:
         dataset = VisionClassificationDataset(root, Frame.from_config(self.config), classes)
         if len(dataset.classes) < 2:
-            raise InputError(f"{root}: only one class, {dataset.classes[0]}; there is nothing to tell it from")
+            problem = f"{root}: only one class, {dataset.classes[0]}; there is nothing to tell it from"
+            raise InputError(problem + inner_hint(root))
         return dataset
 
     def metrics(self, probs: Tensor, targets: Tensor) -> dict[str, float]:

@@ -141,6 +141,14 @@ def test_folders_made_for_something_else_are_no_classes(tmp_path, names, expecte
         assert len(classes) == 4 and note == "train, val are taken for classes, though they are called like splits"
 
 
+def test_splits_in_a_class_folder_are_said(tmp_path):
+    for name in ("ant/train", "ant/test", "bee/train", "bee/far"):
+        (tmp_path / name).mkdir(parents=True)
+    expected = f"{tmp_path}/ant: test, train in a class folder are one set, and all are read"
+    assert class_notes(str(tmp_path), find_classes(str(tmp_path))) == [expected]
+    assert not class_notes(str(tmp_path), {"bee": f"{tmp_path}/bee"})
+
+
 def test_blanks_around_a_class_name_are_no_part_of_it(tmp_path):
     """They cannot be seen. An evaluation folder may differ in them, one folder may not."""
     for name in ("a ", " b"):

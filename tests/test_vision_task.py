@@ -61,6 +61,12 @@ def test_folder_errors_are_one_line_naming_the_folder(tmp_path):
     suffixes = " ".join(SUFFIXES)
     train = make(tmp_path / "train", "ant/1.png", "bee/notes.txt")
     evaluation, one = make(tmp_path / "eval", "ant/notes.txt"), make(tmp_path / "one", "ant/1.png")
+    wrapped, splits = (
+        make(tmp_path / "a", "pets/ant/1.png", "pets/bee/1.png"),
+        make(tmp_path / "b", "pets/test/ant/1.png"),
+    )
+    make(tmp_path / "b", "pets/train/ant/1.png")
+    alone = "only one class, pets; there is nothing to tell it from"
     for root, classes, expected in (
         (f"{tmp_path}/missing", None, f"no such folder; {hint}"),
         (f"{train}/ant/1.png", None, f"no such folder; {hint}"),
@@ -68,6 +74,8 @@ def test_folder_errors_are_one_line_naming_the_folder(tmp_path):
         (train, ["cat"], "classes unknown in the training folder: ant, bee"),
         (evaluation, ["ant"], f"no images ({suffixes}) in its subdirectories"),
         (one, None, "only one class, ant; there is nothing to tell it from"),
+        (wrapped, None, f"{alone}; if ant, bee are the classes, name {wrapped}/pets"),
+        (splits, None, f"{alone}; if test, train are splits, name {splits}/pets/train"),
     ):
         assert message(Classification({"model": {"image_size": 8}}).open, root, classes) == f"{root}: {expected}"
     assert (
