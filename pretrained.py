@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,6 @@ VARIANTS = {  # what other ViTs have under timm's names and this one has not: pa
     r".*\.[qk]_norm\.": "norms of queries and keys",
     r".*(rel_pos|relative_position)": "relative position biases",
     r"(.*\.)?rope\.": "rotary positions of another kind than DINOv3's",
-    r".*\.[qkv]_bias": "biases apart from qkv (BEiT)",
     r".*\.lambda_[12]": "layer scale of BEiT",
     r".*\.mlp\.(w\d|fc1_|gate_proj|weights_)": "a gated MLP (SwiGLU)",
 }
@@ -170,10 +169,10 @@ def rename(name: str) -> str:
 
 
 def to_timm(weights: Mapping[str, Tensor], own: bool = False) -> dict[str, Tensor]:
-    """Under timm's names, float32, as a ViT without layer scale has them: q, k and v in one (a missing bias is 0), the
-    bias under DINOv3's mask, layer scale multiplied into the layers before it, a position embedding without an entry of
-    the class token with one of 0. Each is the same function. own: of this repo, which has that entry. Raises
-    InputError."""
+    """Under timm's names, float32, as a ViT without layer scale has them: q, k and v in one (a missing bias is 0, see
+    `join_biases`), the bias under DINOv3's mask, layer scale multiplied into the layers before it, a position embedding
+    without an entry of the class token with one of 0. Each is the same function. own: of this repo, which has that
+    entry. Raises InputError."""
     weights = {rename(name): tensor for name, tensor in weights.items()}
     for pattern, what in VARIANTS.items():
         if names := [name for name in weights if re.match(pattern, name)]:
@@ -197,6 +196,8 @@ def to_timm(weights: Mapping[str, Tensor], own: bool = False) -> dict[str, Tenso
         names, zero = [f"{layer}{x}.bias" for x in "qkv"], like.new_zeros(len(like))
         biases = [take(name, zero) if name in weights else zero for name in names]
         weights[f"{layer}qkv.bias"] = torch.cat(biases)
+    if not own:
+        join_biases(weights, take)
     for name in [name for name in weights if name.endswith(".bias_mask")]:
         bias = weights.get(name.removesuffix("_mask"), weights[name])
         mask = take(name, bias)
@@ -213,6 +214,18 @@ def to_timm(weights: Mapping[str, Tensor], own: bool = False) -> dict[str, Tenso
     if math.isqrt(entries) ** 2 == entries > 1:
         weights["pos_embed"] = F.pad(pos_embed, (0, 0, 1, 0))  # timm's no_embed_class, DeiT III
     return weights
+
+
+def join_biases(weights: dict[str, Tensor], take: Callable[[str, Tensor], Tensor]) -> None:
+    """Where qkv has no bias in any block: that of timm's q_bias and v_bias, 0 for what there is not (timm's DINOv3).
+    take(name, like): takes a tensor out of the weights, which should have the shape of `like`."""
+    layers = [name.removesuffix("weight") for name in weights if re.fullmatch(r"blocks\.\d+\.attn\.qkv\.weight", name)]
+    if any(f"{layer}bias" in weights or not weights[f"{layer}weight"].ndim for layer in layers):
+        return
+    for layer in layers:
+        zero = weights[f"{layer}weight"].new_zeros(len(weights[f"{layer}weight"]) // 3)
+        names = [f"{layer.removesuffix('qkv.')}{x}_bias" for x in "qkv"]
+        weights[f"{layer}bias"] = torch.cat([take(name, zero) if name in weights else zero for name in names])
 
 
 def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -280,6 +293,13 @@ def heads_by_periods(periods: Tensor, embed_dim: int) -> int:
     return max(embed_dim // (4 * periods.numel()), 1)
 
 
+def is_timm_dinov3(named: Mapping[str, Tensor]) -> bool:
+    """timm keeps no periods. Its other ViTs without a position embedding, whose rotations are others, have no or one
+    register."""
+    registers = named.get("reg_token")
+    return "blocks.0.gamma_1" in named and is_plain(registers) and registers.ndim == 3 and registers.shape[1] == 4
+
+
 def read_pretrained(path: str) -> Pretrained:
     """The ViT in a file or folder, and what the file says of it. Raises InputError."""
     file = locate(path)
@@ -293,7 +313,7 @@ def read_pretrained(path: str) -> Pretrained:
         scaled = any(re.search(r"(ls1\.gamma|lambda1)$", name) for name in named)
         if "pos_embed" in found.weights:
             found.told["positions"] = "learned"
-        elif periods is not None or "embeddings.patch_embeddings.weight" in named:
+        elif periods is not None or "embeddings.patch_embeddings.weight" in named or is_timm_dinov3(named):
             found.told["positions"] = "rotary"
         rotary = found.told.get("positions") == "rotary"
         found.assumed["norm_eps"] = 1e-5 if rotary else 1e-12 if of_transformers and not scaled else 1e-6

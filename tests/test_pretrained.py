@@ -332,6 +332,41 @@ def test_features_are_those_of_transformers(tmp_path, kind, grid):
         assert found.told == told | ({"num_heads": 2} | eps if name == "folder" else {}) and found.assumed == eps
 
 
+@pytest.mark.parametrize("biased", [True, False])
+def test_dinov3_under_the_names_of_timm(tmp_path, biased):
+    """Biases of q and v by themselves or none at all, no periods; other rotary ViTs of timm have fewer registers."""
+    other, images = oracle("dinov3"), torch.randn(2, 3, 12, 16, generator=torch.Generator().manual_seed(0))
+    state = original(other.state_dict(), "dinov3")
+    for name in ("mask_token", "rope_embed.periods", *(f"blocks.{i}.attn.qkv.bias_mask" for i in range(2))):
+        del state[name]
+    state["reg_token"] = state.pop("storage_tokens")
+    for i in range(2):
+        for k in (1, 2):
+            state[f"blocks.{i}.gamma_{k}"] = state.pop(f"blocks.{i}.ls{k}.gamma")
+        q, _, v = state.pop(f"blocks.{i}.attn.qkv.bias").chunk(3)
+        if biased:
+            state |= {f"blocks.{i}.attn.q_bias": q, f"blocks.{i}.attn.v_bias": v}
+        else:
+            with torch.no_grad():
+                q.zero_(), v.zero_()
+                for x in "qv":
+                    getattr(other.model.layer[i].attention, f"{x}_proj").bias.zero_()
+    with torch.no_grad():
+        expected = other(images).last_hidden_state
+    torch.save(state, tmp_path / "w.pth")
+    model, found, _ = from_file(tmp_path / "w.pth", (12, 16))
+    assert found.told["positions"] == "rotary" and found.assumed == {"norm_eps": 1e-5}
+    with torch.no_grad():
+        features = model.forward_features(images, None, class_token_only=False)[:, 0]
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+    torch.save(state | {"reg_token": state["reg_token"][:, :1]}, tmp_path / "w.pth")
+    assert "positions" not in read_pretrained(str(tmp_path / "w.pth")).told
+    if biased:
+        torch.save(state | {"blocks.1.attn.q_bias": torch.ones(3)}, tmp_path / "w.pth")
+        problem = "blocks.1.attn.q_bias has the shape [3]; expected [16]"
+        assert message(read_pretrained, str(tmp_path / "w.pth")).endswith(problem)
+
+
 @pytest.mark.parametrize("kind, naming", [("dinov2", "dinov2"), ("registers", "dinov2"), ("dinov3", "dinov3")])
 def test_features_under_the_original_names(tmp_path, kind, naming):
     """The same at the native grid; layer scale is folded, DINOv3's masked bias of k is none whatever it holds, and its
@@ -554,7 +589,6 @@ def test_weights_that_do_not_fit(tmp_path, change, expected):
         ("blocks.0.attn.relative_position_bias_table", "relative position biases"),
         ("blocks.0.attn.rel_pos_h", "relative position biases"),
         ("rope.freqs", "rotary positions of another kind than DINOv3's"),
-        ("blocks.0.attn.q_bias", "biases apart from qkv (BEiT)"),
         ("blocks.0.mlp.w12.weight", "a gated MLP (SwiGLU)"),
         ("blocks.0.mlp.fc1_g.weight", "a gated MLP (SwiGLU)"),
         ("layer.0.mlp.gate_proj.weight", "a gated MLP (SwiGLU)"),
