@@ -38,13 +38,14 @@ RENAMED = [  # names of transformers, in published files and in memory, and of t
 ]
 BACKBONE = re.compile(r"(patch_embed|cls_token|pos_embed|reg_token|blocks|norm)(\.|$)")  # what else is ours is the head
 IGNORED = re.compile(r"(\w*head\w*|decoder\w*|mask\w*|pooler)(\.|$)")  # projection heads, MAE's decoder, mask tokens
+ROTARY = r"(.*\.)?rope\."
 VARIANTS = {  # what other ViTs have under timm's names and this one has not: pattern of names -> what it is
     r"dist(illation)?_token|head_dist\.": "a distillation token",
     r"fc_norm\.": "a norm after pooling over the patches (MAE's fine-tuned and timm's global-pool models)",
     r"pre_logits\.": "a layer between norm and head",
     r".*\.[qk]_norm\.": "norms of queries and keys",
     r".*(rel_pos|relative_position)": "relative position biases",
-    r"(.*\.)?rope\.": "rotary positions of another kind than DINOv3's",
+    ROTARY: "rotary positions of another kind than DINOv3's",
     r".*\.lambda_[12]": "layer scale of BEiT",
     r".*\.mlp\.(w\d|fc1_|gate_proj|weights_)": "a gated MLP (SwiGLU)",
 }
@@ -264,7 +265,9 @@ def read_json(path: Path) -> dict:
 
 def told_by_config(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
     """num_heads and norm_eps by transformers' config.json, if it is that of a ViT of this width. Raises InputError for
-    what this ViT has not."""
+    what this ViT has not, also by timm's."""
+    if "_rope_" in str(name := config.get("architecture")):
+        raise InputError(f"config.json beside it says {shown([name])}: {VARIANTS[ROTARY]}, which this ViT has not")
     if config.get("hidden_size") != sizes["embed_dim"]:
         return {}
     for key, expected in (("hidden_act", "gelu"), ("rope_theta", 100)):
@@ -430,8 +433,9 @@ def warnings(found: Pretrained, config: dict) -> list[str]:
     lines, data, model = [], config.get("data", {}), config.get("model", {})
     then = found.own["config"].get("data") if found.own and isinstance(found.own["config"], dict) else {}
     if found.own is None and found.path.name in ("model.safetensors", "pytorch_model.bin"):
-        then = read_json(found.path.with_name("preprocessor_config.json"))
+        then, of_timm = (read_json(found.path.with_name(name)) for name in ("preprocessor_config.json", "config.json"))
         then = {"mean": then.get("image_mean"), "std": then.get("image_std")}
+        then = of_timm.get("pretrained_cfg") if then["mean"] is None else then
     then = then if isinstance(then, dict) else {}
     for key in ("mean", "std"):
         if isinstance(then.get(key), list) and then[key] != data.get(key, then[key]):

@@ -412,6 +412,12 @@ def test_logits_of_a_classifier_as_transformers_saves_it(tmp_path):
     lines = load_weights(model, str(tmp_path / "classifier"), {"data": {"mean": [0.1, 0.5, 0.5], "std": [1.0] * 3}})
     expected = "warning: data.mean: [0.1, 0.5, 0.5], the weights were trained with [0.5, 0.5, 0.5]"
     assert lines.splitlines()[1:] == [expected]
+    (tmp_path / "timm").mkdir()  # as timm's models lie on the hub
+    torch.save(tiny().state_dict(), tmp_path / "timm" / "pytorch_model.bin")
+    for told, warned in ({"mean": [0.1, 0.5, 0.5], "std": [1.0] * 3}, 0), ({"mean": [0.5] * 3, "std": [1.0] * 3}, 1):
+        (tmp_path / "timm" / "config.json").write_text(json.dumps({"architecture": "x", "pretrained_cfg": told}))
+        lines = load_weights(tiny(), str(tmp_path / "timm"), {"data": {"mean": [0.1, 0.5, 0.5], "std": [1.0] * 3}})
+        assert lines.splitlines()[1:] == [expected] * warned
     other.save_pretrained(tmp_path / "vit")
     line = from_file(tmp_path / "vit", 12)[2]
     assert line.endswith("2 left fresh (head.weight, head.bias), 2 ignored (pooler.dense.bias, pooler.dense.weight)")
@@ -422,6 +428,11 @@ def test_logits_of_a_classifier_as_transformers_saves_it(tmp_path):
     [
         ("{", "config.json beside it cannot be read as JSON"),
         ({"hidden_act": "quick_gelu"}, "config.json beside it says hidden_act: quick_gelu; this ViT has gelu"),
+        (
+            {"architecture": "vit_small_patch16_rope_ape_224"},
+            "config.json beside it says vit_small_patch16_rope_ape_224: rotary positions of another kind than "
+            "DINOv3's, which this ViT has not",
+        ),
         ({"rope_theta": 10}, "config.json beside it says rope_theta: 10; this ViT has 100"),
     ],
 )
