@@ -155,7 +155,9 @@ def train(args: argparse.Namespace) -> int:
             group_rewards = torch.cat([row["group_rewards"] for row in progress.rows])
             log.add("histogram", "groups/success_rate", group_rewards, done)
             log.add("image", "eval/most_uncertain", evaluation.draw, done)
-            is_best = progress.is_best(*task.best_metric(eval_metrics))
+            is_best = progress.is_best(*(metric := task.best_metric(eval_metrics)))
+            if math.isnan(metric[1]):
+                console.line(f"warning: {metric[0]} is NaN, so it chooses no best.pt; a class without images, perhaps")
             console.line(f"step {done}: {metrics_line(eval_metrics)}")
             if ended := progress.stale == training.patience:
                 best = f"{progress.best_name} than {progress.best_metric:.4f}"

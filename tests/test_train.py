@@ -329,6 +329,11 @@ def test_the_best_by_a_metric_of_choice_and_no_more_patience(capsys):
     assert state["best_name"] == "eval/reward/score.py:second"
     assert state["best_metric"] == pytest.approx(max(found["eval/reward/score.py:second"].values()))
     assert found["eval/reward"] == found["eval/reward/classification_reward"]  # its weight is 0
+    shutil.rmtree(sorted(Path("eval").iterdir())[1])  # of which there is nothing to divide by
+    capsys.readouterr()
+    assert run("training.run_name=none", "training.steps=1", "training.best=score.py:second") == 0
+    warning = "warning: eval/reward/score.py:second is NaN, so it chooses no best.pt; a class without images, perhaps"
+    assert warning in capsys.readouterr().out.splitlines() and math.isnan(ckpt("none")["best_metric"])
 
 
 def test_each_host_says_what_is_wrong_there(capsys, monkeypatch):
