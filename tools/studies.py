@@ -252,8 +252,7 @@ STUDIES = {
         stages=(
             Stage(
                 "micrographs",
-                {"label": [*LABEL, NO_BONUS]}
-                | with_label({"mask_iou_credit": IOU_CREDIT, "log mean_iou": LOG_IOU}),
+                {"label": [*LABEL, NO_BONUS]} | with_label({"log mean_iou": LOG_IOU}),
                 rates(2e-3, 4e-3), PIXELS, paired="label",
             ),
         ),
