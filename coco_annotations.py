@@ -347,6 +347,18 @@ def read_objects(rows: list[dict], wanted: np.ndarray, findings: list[str]) -> t
     return boxes, crowd
 
 
+def check_areas(boxes: np.ndarray, areas: np.ndarray, findings: list[str]) -> None:
+    """A finding where the areas [m] that the file tells (NaN: none) are those of corners, not of widths and heights.
+    boxes: [m, 4]."""
+    told = areas > 0
+    of_sides, of_corners = (
+        (np.abs(areas - sides.clip(0).prod(1)) <= 0.01 * areas)[told].mean() if told.sum() >= 5 else 0.0
+        for sides in (boxes[:, 2:], boxes[:, 2:] - boxes[:, :2])
+    )
+    if of_corners > 0.95 and of_sides < 0.05:
+        findings.append(f"{told.sum()} boxes have the area of x0 y0 x1 y1; COCO's bbox is x, y, width, height")
+
+
 def fit_boxes(
     boxes: np.ndarray, sizes: np.ndarray, name_of: Callable[[int], str], findings: list[str], notes: list[str]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -434,6 +446,9 @@ def read_annotations(root: str, named: str | None = None, skip_bad: bool = False
     kept = np.flatnonzero(wanted & ~np.isnan(boxes).any(1))
     sizes = [size or (1, 1) for size in sizes]
     of_each = np.array(sizes).reshape(-1, 2)[image[kept]]
+    areas = [rows[i].get("area") for i in kept.tolist()]
+    areas = np.array([area if type(area) in (int, float) and abs(area) < FAR**2 else math.nan for area in areas])
+    check_areas(boxes[kept], areas, findings)
     boxes, real = fit_boxes(boxes[kept], of_each, lambda i: name_of(rows, kept[i]), findings, notes)
     refuse([f"{file}: {finding}" for finding in findings] + wrong_files)
     kept, boxes = kept[real], boxes[real]

@@ -257,6 +257,18 @@ def test_corners_for_sizes_are_noticed(tmp_path):
     make(tmp_path, changed(lambda c: c.update(annotations=corners[:2])))  # too few to be sure
     [note] = read(tmp_path).notes[:1]
     assert note.endswith("clipped: 2; x0 y0 x1 y1? COCO's bbox is x, y, width, height")
+    for size, problem in ((5, True), (4, False)):  # inside the image by their areas alone
+        inside = [{"image_id": 3, "category_id": 5, "bbox": [1, 2, 4 + i, 5], "area": 3 * (3 + i)} for i in range(size)]
+        make(tmp_path, changed(lambda c, rows=inside: c.update(annotations=rows)))
+        if problem:
+            found = "5 boxes have the area of x0 y0 x1 y1; COCO's bbox is x, y, width, height"
+            assert message(read, tmp_path).endswith(found)
+        else:
+            assert len(read(tmp_path).boxes[1]) == 4
+    for area in (20.0, 19, None, "big", math.nan, 10**400):  # of the sides, of an outline within, none
+        rows = [{"image_id": 3, "category_id": 5, "bbox": [1, 2, 4, 5], "area": area}] * 6
+        make(tmp_path, changed(lambda c, rows=rows: c.update(annotations=rows)))
+        assert len(read(tmp_path).boxes[1]) == 6
 
 
 def test_an_unreadable_image_is_met_when_it_is_decoded_if_it_may_be_skipped(tmp_path):
