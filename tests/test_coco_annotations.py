@@ -269,6 +269,10 @@ def test_corners_for_sizes_are_noticed(tmp_path):
         rows = [{"image_id": 3, "category_id": 5, "bbox": [1, 2, 4, 5], "area": area}] * 6
         make(tmp_path, changed(lambda c, rows=rows: c.update(annotations=rows)))
         assert len(read(tmp_path).boxes[1]) == 6
+    for bbox, area in (([0, 0, 4, 5], 20), ([5, 5, 3, 3], 0)):  # the same either way; as who knows no area writes it
+        rows = [{"image_id": 3, "category_id": 5, "bbox": bbox, "area": area}] * 6
+        make(tmp_path, changed(lambda c, rows=rows: c.update(annotations=rows)))
+        assert len(read(tmp_path).boxes[1]) == 6
 
 
 def test_an_unreadable_image_is_met_when_it_is_decoded_if_it_may_be_skipped(tmp_path):

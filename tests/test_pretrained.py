@@ -361,6 +361,9 @@ def test_dinov3_under_the_names_of_timm(tmp_path, biased):
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
     torch.save(state | {"reg_token": state["reg_token"][:, :1]}, tmp_path / "w.pth")
     assert "positions" not in read_pretrained(str(tmp_path / "w.pth")).told
+    dinov2 = {re.sub(r"gamma_(.)", r"ls\1.gamma", name): tensor for name, tensor in state.items()}  # but for pos_embed
+    torch.save(dinov2, tmp_path / "w.pth")
+    assert "positions" not in read_pretrained(str(tmp_path / "w.pth")).told
     if biased:
         torch.save(state | {"blocks.1.attn.q_bias": torch.ones(3)}, tmp_path / "w.pth")
         problem = "blocks.1.attn.q_bias has the shape [3]; expected [16]"
@@ -584,6 +587,15 @@ PATCH, PATCH_SHAPE = "patch_embed.proj.weight", "expected [width, channels, patc
 def test_weights_that_do_not_fit(tmp_path, change, expected):
     """The line names the first tensor."""
     assert refuses(tmp_path, change(changed(tiny()))) == expected
+
+
+def test_a_checkpoint_of_this_repo_has_its_biases(tmp_path):
+    """In other people's files none of qkv in any block means 0."""
+    weights = {name: x for name, x in changed(tiny()).items() if not name.endswith("qkv.bias")}
+    ours = {"step": 1, "model": weights, "optimizer": {}, "config": {}, "classes": []}
+    assert refuses(tmp_path, ours) == "has no blocks.0.attn.qkv.bias (2 missing, 0 unknown tensors)"
+    model = tiny()
+    assert loads(tmp_path, weights, model)[0] == "32 tensors loaded" and not model.blocks[1].attn.qkv.bias.any()
 
 
 @pytest.mark.parametrize(

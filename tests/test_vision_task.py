@@ -1,5 +1,6 @@
 """vision_task.py: the image folder, the reward, and what a task has by default and as classification."""
 
+import os
 import unicodedata
 
 import pytest
@@ -66,6 +67,7 @@ def test_folder_errors_are_one_line_naming_the_folder(tmp_path):
         make(tmp_path / "b", "pets/test/ant/1.png"),
     )
     make(tmp_path / "b", "pets/train/ant/1.png")
+    os.symlink(one, f"{one}/itself")
     alone = "only one class, pets; there is nothing to tell it from"
     for root, classes, expected in (
         (f"{tmp_path}/missing", None, f"no such folder; {hint}"),
