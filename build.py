@@ -35,6 +35,7 @@ from data_types import InputError, TensorMiniBatch
 from deciding import Decider, decision_path, digest, load_decision
 from detection_task import Detection
 from evaluation import evaluate
+from folders import check_headers
 from frame import Frame
 from grpo import Reward, RolloutSettings, SupervisedLoss, UpdateSettings, keyed_rng
 from images import (
@@ -407,11 +408,14 @@ def check_writable(training: SimpleNamespace) -> None:
 
 
 def open_set(task: Task, root: str, classes: list[str] | None = None) -> ImageDataset:
-    """`Task.open`; a data set of the task's own that knows no more than the input's size gets data.resize. Raises
-    InputError."""
+    """`Task.open`; a data set of the task's own that knows no more than the input's size gets data.resize. Image files
+    whose headers no task has read are looked at now, not in the middle of a run. Raises InputError."""
     dataset, frame = task.open(root, classes), Frame.from_config(task.config)
     if Frame.of(dataset.image_size).resize != frame.resize:
         dataset.image_size = frame
+    decodes = all(getattr(type(dataset), name) is getattr(ImageDataset, name) for name in ("__getitem__", "item"))
+    if decodes and not task.dense and task.config["data"]["on_bad_image"] == "error":
+        check_headers(dataset.paths)
     return dataset
 
 
@@ -514,6 +518,10 @@ def open_data(task: Task, state: dict | None, console: Console) -> tuple[ImageDa
     data = sections(task.config)[0]
     train_set = open_set(task, data.train_dir, state["classes"] if state else None)
     wanted, found = task.config["model"]["num_classes"], len(train_set.classes)
+    targets = getattr(train_set, "targets", torch.zeros(1, 1))
+    if state and targets.ndim == 1 and (absent := sorted(set(range(found)) - set(targets.tolist()))):
+        missing = ", ".join(train_set.classes[k] for k in absent)
+        raise InputError(f"{data.train_dir}: no image of {missing}; a run that goes on keeps its classes")
     shown = ", ".join(f"{i} {name}" for i, name in enumerate(train_set.classes[:20])) + ", …" * (found > 20)
     console.line(f"{data.train_dir}: {len(train_set)} images of {found} classes (id name): {shown}")
     say_notes(train_set, console)
@@ -524,6 +532,8 @@ def open_data(task: Task, state: dict | None, console: Console) -> tuple[ImageDa
         console.line("data.eval_dir: null; training without evaluation")
     elif Path(data.eval_dir).exists():
         eval_set = open_eval_set(task, train_set.classes, console)
+        if os.path.samefile(data.train_dir, data.eval_dir):
+            console.line("warning: data.eval_dir is data.train_dir: the metrics are of images that are trained on")
     else:
         raise InputError(f"data.eval_dir: {data.eval_dir}: no such folder; null trains without evaluation")
     if wanted not in (None, found):

@@ -180,6 +180,8 @@ def restore(state: dict[str, Any], optimizer: torch.optim.Optimizer, config: dic
     """The optimizer as the checkpoint has it, but for hyperparameters that may be overridden; what was carried on.
     Raises InputError."""
     kept = [{k: group[k] for k in ("weight_decay", "betas", "lr_scale")} for group in optimizer.param_groups]
+    if not (isinstance(state["optimizer"], dict) and {"state", "param_groups"} <= state["optimizer"].keys()):
+        raise InputError("its checkpoint has no optimizer to go on with; start a new run with model.checkpoint_path")
     try:
         optimizer.load_state_dict(state["optimizer"])
     except ValueError:

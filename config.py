@@ -397,7 +397,8 @@ def read_yaml(path: str) -> dict[str, Any]:
 def parse_override(text: str) -> tuple[str, Any]:
     """ "section.key=value" of the command line -> (name, value). Raises InputError."""
     name, equals, value = text.partition("=")
-    if not equals:
+    name = name.strip()
+    if not (equals and name):
         raise InputError(f"{one_line(text)}: not an option; keys are overridden as section.key=value")
     try:
         return name, yaml.load(value, Loader)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Bernoulli
 
-from data_types import Credit, InputError
+from data_types import InputError
 from grpo import Reward
 from scores import ConfusionScore, Score, count_confusion, gradient
 
@@ -207,10 +207,12 @@ class Decider:
             targets = torch.full(shape, y, dtype=kind, device=probs.device)
             for name, (reward, weight) in self.rewards.items():
                 judged = reward(actions, outputs, targets, metadata)
-                if isinstance(judged, Credit) or judged.shape != actions.shape:
+                if not isinstance(judged, Tensor) or judged.shape != actions.shape:
                     hint = "decide by a score of the confusion matrix, as predict.py --fit DIR --reward mean_iou"
                     raise InputError(f"rollout.reward: {name} does not judge each element by itself; {hint}")
                 total = total + weight * judged[:, 0].to(probs) * probs[..., y].unsqueeze(1)
+        if not total.isfinite().all():
+            raise InputError(f"rollout.reward: {', '.join(self.rewards)}: NaN or infinity cannot be decided by")
         return total
 
 

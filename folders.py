@@ -27,6 +27,7 @@ MASK_FOLDERS = ("masks", "mask", "labels", "label", "annotations", "annotation",
 MASK_FOLDERS += ("segmentationclass", "segmentationclasspng")  # Pascal VOC's, LabelMe's
 MASK_FOLDERS += ("labelstr", "ann_dir")  # nnU-Net's, MMSegmentation's
 MOST_LINES = 10  # of one message
+MOST_HEADERS = 100_000
 OrientationTag, WidthTag, HeightTag = ExifTags.Base.Orientation, ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations
 
@@ -155,6 +156,13 @@ def upright_sizes(paths: Iterable[str]) -> list[tuple[int, int] | InputError]:
         return list(threads.map(read, paths, chunksize=64))
 
 
+def check_headers(paths: list[str]) -> None:
+    """Raises InputError with the image files whose headers cannot be read, if there are at most MOST_HEADERS files: of
+    more it would take minutes, and they are met when they are decoded."""
+    if len(paths) <= MOST_HEADERS:
+        refuse([str(found) for found in upright_sizes(paths) if isinstance(found, InputError)])
+
+
 def refuse(findings: list[str]) -> None:
     """Raises InputError with all findings, one a line and at most ten lines, if there are any."""
     if len(findings) > MOST_LINES:
@@ -188,7 +196,7 @@ def find_classes(root: str, known: Iterable[str] | None = None) -> dict[str, str
     InputError where there is none or an unknown one, where two look alike, or where `root` is made for something
     else."""
     if not os.path.isdir(root):
-        raise InputError(f"{root}: no such folder; {FOLDER_HINT}")
+        raise InputError(f"{root}: {'a file' if os.path.isfile(root) else 'no such folder'}; {FOLDER_HINT}")
     entries, home = list_folder(root), os.path.realpath(root)
     lost = sorted(e.path for e in entries if is_visible(e.name) and e.is_symlink() and not os.path.exists(e.path))
     refuse([f"{path}: a link to {os.readlink(path)}, where nothing is; correct or remove it" for path in lost])
@@ -261,6 +269,8 @@ def class_notes(root: str, folders: dict[str, str]) -> list[str]:
     loose, splits = list(filter(is_visible, loose)), list(filter(SPLITS.fullmatch, folders))
     notes = [f"not read: {len(loose)} images beside the class folders, {loose[0]} the first"] if loose else []
     notes += [f"{', '.join(splits)} are taken for classes, though they are called like splits"] * bool(splits)
+    names = {name.casefold(): name for name in folders}  # of those that differ in case alone the last
+    notes += [f"{x}, {y} are two classes" for x in folders if (y := names[x.casefold()]) != x]
     first = next(iter(folders.values()))  # the others are like it, and some hold a million files
     parts = list(filter(SPLITS.fullmatch, subfolders(first)))
     return notes + [f"{first}: {', '.join(parts)} in a class folder are one set, and all are read"] * (len(parts) > 1)

@@ -243,9 +243,10 @@ def score(
         elif credit is returned and credit.values is None:
             raise InputError(f"rollout.reward: {name} returned a Credit without advantages and without values")
         if credit.values is not None:
-            if credit.values.shape[:-1] != shape[:2] + shape[3:]:
+            found = list(credit.values.shape) if isinstance(credit.values, Tensor) else type(credit.values).__name__
+            if found[:-1] != [*shape[:2], *shape[3:]]:
                 expected = f"[B, T, …, K] = {[*shape[:2], *shape[3:], 'K']}"
-                raise InputError(f"rollout.reward: {name} returned values {list(credit.values.shape)}, not {expected}")
+                raise InputError(f"rollout.reward: {name} returned values {found}, not {expected}")
             values = add(values, weight * credit.values.to(actions.device, dtype))
     if plain is not None and shape[1] * shape[2] == 1:
         raise InputError("rollout.actions_per_sample: a group needs two actions; raise it or rollout.num_mc_samples")

@@ -16,6 +16,7 @@ import math
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 from os.path import expanduser
@@ -35,10 +36,11 @@ from deciding import fit as fit_decision
 from detection_task import best_thresholds, mean_f1
 from evaluation import load_pyplot, metrics_line, to_picture
 from export import export_model
-from folders import SUFFIXES, find_images
+from folders import SUFFIXES, find_images, not_read_note
 from frame import Frame
 from grpo import keyed_rng
 from images import BadImages, ImageDataset, Loading, decode_image, ordered_batches, to_rgb
+from report import allow_all_names
 from scores import RewardEvaluation
 from vision_task import Task
 
@@ -102,13 +104,14 @@ def open_decision(args: argparse.Namespace, task: Task, checkpoint: str) -> tupl
 def find_files(arguments: list[str]) -> list[tuple[str, str]]:
     """The images that files and folders (at any depth) stand for, in the order given: the path, and the name of what is
     written about it: the path below the folder without suffix, numbered if it is taken. Raises InputError."""
-    files = {}  # by name, in lower case
+    files, not_read = {}, Counter()  # by name, in lower case
     for argument in arguments:
         if not os.path.exists(argument):
             raise InputError(f"{argument}: no such file or folder; name images, or folders of them")
         folder = argument if os.path.isdir(argument) else os.path.dirname(argument)
-        paths = find_images(argument) if folder == argument else [argument]
+        paths = find_images(argument, not_read) if folder == argument else [argument]
         if not paths:
+            complain(*not_read_note(not_read))
             raise InputError(f"{argument}: no images ({' '.join(SUFFIXES)}) in it; name another folder, or files")
         for path in paths:
             name = stem = os.path.splitext(os.path.relpath(path, folder or "."))[0]
@@ -117,6 +120,7 @@ def find_files(arguments: list[str]) -> list[tuple[str, str]]:
                 number += 1
                 name = f"{stem}-{number}"
             files[name.casefold()] = path, name
+    complain(*not_read_note(not_read))
     if not files:
         raise InputError("no images: name files or folders, or --evaluate a folder in the task's format")
     return list(files.values())
@@ -278,6 +282,11 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
+def new_path(text: str) -> Path:
+    """~ is the home: behind --out= the shell leaves it as it is."""
+    return Path(expanduser(text))
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 2 for bad input (the images that can be read are predicted)."""
     parser = argparse.ArgumentParser(
@@ -286,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "checkpoint", type=expanduser, metavar="ckpt/<run>", help="a run (its last.pt), or a file in it"
     )
-    parser.add_argument("images", nargs="*", help="image files, and folders that are searched at any depth")
+    parser.add_argument("images", nargs="*", type=expanduser, help="image files and folders, searched at any depth")
     parser.add_argument(
         "--evaluate", type=expanduser, metavar="DIR", help="metrics of a folder in the format of the task's data"
     )
@@ -299,14 +308,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--task", metavar="FILE", help="the task's file, where the checkpoint's has moved")
     parser.add_argument("--passes", type=int, metavar="T", help="dropout passes per image (those of the training)")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of the table")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder for pictures, masks, charts")
-    parser.add_argument("--export", type=Path, metavar="FILE", help="write the model as a .pt2 file (docs/deploy.md)")
+    parser.add_argument("--out", type=new_path, metavar="DIR", help="a new folder for pictures, masks, charts")
+    parser.add_argument("--export", type=new_path, metavar="FILE", help="write the model as .pt2 (docs/deploy.md)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="B", help="images at a time (16)")
     args = parser.parse_intermixed_args(argv)
+    allow_all_names()
     try:
         for option, value in (("--passes", args.passes), ("--batch-size", args.batch_size)):
             if value is not None and value < 1:
                 raise InputError(f"{option} {value}: must be at least 1")
+        if args.reward and not args.fit and args.decide == "argmax":
+            raise InputError(f"--reward {args.reward}: it is for --decide reward and for --fit; add one, or drop it")
         for option, folder in (("--evaluate", args.evaluate), ("--fit", args.fit)):
             if folder and (args.images or (args.evaluate and args.fit)):
                 other = args.images[0] if args.images else f"--fit {args.fit}"

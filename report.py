@@ -1,5 +1,6 @@
 """What a run tells: lines on the console, curves and pictures in TensorBoard, and why it cannot go on."""
 
+import io
 import math
 import os
 import sys
@@ -22,11 +23,18 @@ from processes import rank_and_world
 WARN_DEAD_STEPS = 50
 
 
+def allow_all_names() -> None:
+    """Names of classes and files may hold what the console's encoding has not: it gets escapes in their place."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 class Console:
     """Lines that stay, and a progress line that rewrites itself on a terminal; elsewhere a plain line now and then.
     Of several processes rank 0 speaks."""
 
     def __init__(self):
+        allow_all_names()
         self.terminal, self.mute = sys.stdout.isatty(), rank_and_world()[0] > 0
         self.next_time = 0.0
 

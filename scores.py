@@ -259,6 +259,8 @@ class RewardEvaluation:
             else:
                 value = reward(actions, outputs, batch.targets, batch.metadata | counted)
                 value = value.rewards if isinstance(value, Credit) else value
+                if not isinstance(value, Tensor):
+                    raise InputError(f"rollout.reward: {name} returned {type(value).__name__}; expected a tensor")
                 whole = value.ndim < actions.ndim or batch.counted is None
                 value = mean_per_image(value.float(), None if whole else batch.counted).sum()
             self.sums[prefix, name] = self.sums.get((prefix, name), 0) + value.cpu().double()

@@ -267,6 +267,8 @@ def test_bad_files(tmp_path, content, expected):
         ("training.betas=[0.9, 0.95]", ("training.betas", [0.9, 0.95])),
         ("rollout.reward={a.py:f: 2}", ("rollout.reward", {"a.py:f": 2})),
         ("data.train_dir=a=b", ("data.train_dir", "a=b")),
+        ("training.steps = 5", ("training.steps", 5)),
+        ("=5", "=5: not an option; keys are overridden as section.key=value"),
         ("two\nlines", "two lines: not an option; keys are overridden as section.key=value"),
         ("training.steps=[", "training.steps=[: not valid YAML (while parsing a flow node expected the node content"),
         ("a=\n\t- {", "a= - {: not valid YAML (while scanning"),
@@ -333,7 +335,7 @@ def test_any_override_gives_a_pair_or_one_line(text):
     except InputError as error:
         assert len(str(error).splitlines()) == 1
     else:
-        assert text.startswith(f"{name}=")
+        assert text.partition("=")[0].strip() == name and "=" in text
 
 
 # --- Help -------------------------------------------------------------------------------------------------------------

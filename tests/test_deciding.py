@@ -141,8 +141,12 @@ def test_what_cannot_be_decided_is_said_in_one_line():
     text = message(deciding.Decider, None, {"s": (score, 1.0), "r": (plain, 1.0)})
     assert text == "rollout.reward: to decide by s no other reward may stand beside it"
     assert "s is decided by gains; fit them: predict.py" in message(deciding.Decider, None, {"s": (score, 1.0)})
-    text = message(deciding.Decider(Task({}), {"r": (plain, 1.0)}), torch.zeros(1, 2, 4, 3), {})
-    assert text.startswith("rollout.reward: r does not judge each element by itself; decide by a score of the")
+    for reward in (plain, lambda a, o, y, m: 1.0):
+        text = message(deciding.Decider(Task({}), {"r": (reward, 1.0)}), torch.zeros(1, 2, 4, 3), {})
+        assert text.startswith("rollout.reward: r does not judge each element by itself; decide by a score of the")
+    nothing = deciding.Decider(Task({}), {"r": (lambda a, o, y, m: torch.full(a.shape, torch.nan), 1.0)})
+    text = message(nothing, torch.zeros(1, 2, 4, 3), {})
+    assert text == "rollout.reward: r: NaN or infinity cannot be decided by"
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -394,13 +394,15 @@ def test_rewards_are_weighted_summed_and_reported(kind):
         (lambda actions: actions.tolist(), "list"),
         (lambda actions: Credit(torch.zeros(4, 2), torch.zeros(4, 2, 3)), "[4, 2]"),
         (lambda actions: Credit(torch.zeros(4, 2, 3), None), "NoneType"),
+        (lambda actions: Credit(None, torch.zeros(4, 2, 3), [1, 2]), "values list"),
     ],
 )
 def test_a_reward_of_another_shape_or_type_is_refused(returned, named):
     """The line names the reward, what it returned and what was expected."""
     text = message(roll, make_model(), make_batch(4), {"mine": (lambda actions, *_: returned(actions), 1.0)}, A=3)
     assert text.startswith("rollout.reward: mine returned ")
-    assert named in text and text.endswith("expected a tensor of shape [B, T, A, …] = [4, 2, 3]")
+    expected = "not [B, T, …, K] = [4, 2, 'K']" if "values" in named else "a tensor of shape [B, T, A, …] = [4, 2, 3]"
+    assert named in text and text.endswith(expected)
 
 
 # --- Finished advantages ----------------------------------------------------------------------------------------------

@@ -281,14 +281,17 @@ def test_images_that_cannot_be_decoded(digits, tmp_path, capsys):
     assert done.returncode == 2
     images = json.loads(done.stdout)["images"]
     assert [os.path.relpath(image["path"], tmp_path) for image in images] == ["0.png", "1.png", "2.png", "photo"]
-    for error, name in zip(done.stderr.splitlines(), ("0a.png", r"1\na.png"), strict=True):
+    note, *errors = done.stderr.splitlines()
+    assert note.startswith("predict.py: not read: 1 without a suffix (the formats that are: .png ")
+    for error, name in zip(errors, ("0a.png", r"1\na.png"), strict=True):
         assert error.startswith(f"predict.py: {tmp_path}/{name}: not a readable image (")
     assert images[:3] == as_json(capsys, digits, *(tmp_path / f"{i}.png" for i in range(3)))["images"]
     assert as_json(capsys, digits, tmp_path / "0a.png", status=2)["images"] == []
 
 
-def test_bad_arguments(digits, tmp_path, capsys):
+def test_bad_arguments(digits, tmp_path, capsys, monkeypatch):
     """One line that names the file or option; nothing on stdout."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     at = f"{tmp_path}/"
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.pt").write_text("no checkpoint")
@@ -311,6 +314,9 @@ def test_bad_arguments(digits, tmp_path, capsys):
         ([f"{at}nan.pt", DIGITS], f"{at}nan.pt: its weights hold NaN or infinity; take another checkpoint"),
         ([digits, DIGITS, "--passes", "0"], "--passes 0: must be at least 1"),
         ([digits, DIGITS, "--batch-size", "-3"], "--batch-size -3: must be at least 1"),
+        ([digits, DIGITS, "--reward", "macro_f1"], "--reward macro_f1: it is for --decide reward and for --fit; add "),
+        ([digits, DIGITS, "--out=~/text.pt"], f"{at}text.pt exists: nothing is overwritten; name a new folder"),
+        ([digits, "~/none.png"], f"{at}none.png: no such file or folder"),
         ([digits, DIGITS, "--evaluate", DIGITS], f"{DIGITS}: --evaluate takes its images from {DIGITS} alone"),
         ([digits, "--evaluate", f"{at}none"], f"{at}none: no such folder"),
         ([digits, "--evaluate", f"{at}empty"], f"{at}empty: no subdirectories"),

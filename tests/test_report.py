@@ -33,6 +33,13 @@ def test_console_on_a_terminal(monkeypatch, capfd):
     assert capfd.readouterr().out == "\r\033[Kstep 1 " + 42 * "." + "\r\033[Kstep 2\r\033[Kstays\n"
 
 
+def test_console_without_an_encoding_for_a_name(tmp_path, monkeypatch):
+    with open(tmp_path / "out", "w", encoding="ascii") as file:
+        monkeypatch.setattr("sys.stdout", file)
+        Console().line("café")
+    assert (tmp_path / "out").read_text() == "caf\\xe9\n"
+
+
 @pytest.mark.parametrize("rank, expected", [("0", "first\nstays\nten seconds later\n"), ("1", "")])
 def test_console_elsewhere(monkeypatch, capsys, watch, rank, expected):
     """Progress is a plain line every ten seconds, all other lines are there; of several processes rank 0 speaks."""

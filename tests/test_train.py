@@ -310,6 +310,9 @@ def test_the_own_reward_is_evaluated_and_chooses_the_best(capsys):
     assert run("--evaluate", "ckpt/tiny") == 0
     *_, warning, line = capsys.readouterr().out.splitlines()
     assert warning.startswith("warning: rollout.reward: mine.py cannot be loaded (") and line.startswith("step 12: acc")
+    Path("mine.py").write_text("low = lambda *_: 1.0\n")
+    problem = "rollout.reward: mine.py:low returned float; expected a tensor"
+    assert refusal(capsys, "--evaluate", "ckpt/tiny") == problem
 
 
 def test_the_best_by_a_metric_of_choice_and_no_more_patience(capsys):
@@ -557,6 +560,30 @@ def test_what_cannot_be_resumed_or_evaluated(capsys, arguments, expected):
     before = left()
     assert refusal(capsys, *arguments, "training.steps=5").startswith(expected)
     assert left() == before
+
+
+def test_a_checkpoint_without_its_optimizer_is_not_gone_on_from(capsys):
+    """As people strip it to share the weights."""
+    assert run("training.steps=1") == 0
+    torch.save(ckpt() | {"optimizer": {}}, "ckpt/tiny/last.pt")
+    problem = "its checkpoint has no optimizer to go on with; start a new run with model.checkpoint_path"
+    assert refusal(capsys, "--resume", "auto", "training.steps=5") == problem
+
+
+def test_folders_that_a_run_should_not_go_by(capsys):
+    """A header that cannot be read is met before the first step; the evaluation may be of the training images, and is
+    said to be; a run that goes on has images of all its classes."""
+    assert run("training.steps=1", "data.eval_dir=train") == 0
+    warning = "warning: data.eval_dir is data.train_dir: the metrics are of images that are trained on"
+    assert warning in capsys.readouterr().out.splitlines()
+    bad, *folders = sorted(Path("train").iterdir())[1] / "bad.png", *sorted(Path("train").iterdir())
+    bad.touch()
+    assert refusal(capsys, "training.run_name=other").startswith(f"{bad}: not a readable image (")
+    assert not Path("ckpt/other").exists()
+    bad.unlink()
+    shutil.rmtree(folders[0])
+    problem = f"train: no image of {folders[0].name}; a run that goes on keeps its classes"
+    assert refusal(capsys, "--resume", "auto", "training.steps=5") == problem
 
 
 # --- Ways to compute the same -----------------------------------------------------------------------------------------

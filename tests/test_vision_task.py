@@ -71,7 +71,7 @@ def test_folder_errors_are_one_line_naming_the_folder(tmp_path):
     alone = "only one class, pets; there is nothing to tell it from"
     for root, classes, expected in (
         (f"{tmp_path}/missing", None, f"no such folder; {hint}"),
-        (f"{train}/ant/1.png", None, f"no such folder; {hint}"),
+        (f"{train}/ant/1.png", None, f"a file; {hint}"),
         (make(tmp_path / "empty", ".hidden/1.png"), None, f"no subdirectories; {hint}"),
         (train, ["cat"], "classes unknown in the training folder: ant, bee"),
         (evaluation, ["ant"], f"no images ({suffixes}) in its subdirectories"),
