@@ -143,7 +143,7 @@ def guarded(name: str, reward: Callable) -> Callable:
             return reward(*map(copied, arguments))
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             frames = traceback.extract_tb(error.__traceback__)[1:]
             code = getattr(reward, "__code__", None)
             own = [frame for frame in frames if code and frame.filename == code.co_filename] or frames

@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -439,7 +440,10 @@ def load_user_file(path: str, key: str) -> ModuleType:
     try:
         return load_file(path)
     except (Exception, SystemExit) as error:
-        raise InputError(f"{key}: {path} cannot be loaded ({one_line(error)})") from error
+        frames, own = traceback.extract_tb(error.__traceback__), os.path.abspath(path)
+        lines = [frame.lineno for frame in frames if frame.filename == own]
+        where = f", line {lines[-1]}" if lines else ""  # of an error in the file's syntax Python says it
+        raise InputError(f"{key}: {path} cannot be loaded ({one_line(error)}{where})") from error
 
 
 def describe(schema: Schema) -> Iterator[tuple[str, str, str]]:

@@ -22,6 +22,9 @@ from label_losses import CLASS_LOSSES
 from vision_task import Task
 
 
+NUMBERS = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "false": 0.0, "true": 1.0}  # as pandas may write them
+
+
 def read_labels(path: str) -> tuple[list[str], dict[str, list[float]]]:
     """labels.csv -> the tags, and file -> its row of 0 and 1. Raises InputError, with the line that is wrong."""
     try:
@@ -37,16 +40,16 @@ def read_labels(path: str) -> tuple[list[str], dict[str, list[float]]]:
         )
     rows: dict[str, list[float]] = {}
     for number, (name, *values) in lines[1:]:
-        values = [value.strip() for value in values]
+        name, values = os.path.normpath(name.strip()), [NUMBERS.get(value.strip().lower(), value) for value in values]
         if len(values) != len(tags):
             raise InputError(f"{path}: line {number} has {len(values)} values for {len(tags)} tags")
-        if wrong := [value for value in values if value not in ("0", "1")]:
+        if wrong := [value for value in values if value not in (0, 1)]:
             raise InputError(f"{path}: line {number}: {wrong[0]!r} should be 0 or 1")
         if name in rows:
             raise InputError(f"{path}: line {number}: {name} is there twice")
         if not os.path.isfile(os.path.join(os.path.dirname(path), name)):
             raise InputError(f"{path}: line {number}: there is no file {name} beside it")
-        rows[name] = [float(value) for value in values]
+        rows[name] = values
     if not rows:
         raise InputError(f"{path}: no image in it; a line for each follows the header")
     return tags, rows

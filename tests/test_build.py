@@ -93,7 +93,7 @@ def test_a_task_is_configured_by_name():
         ("rewards.py:number", "no function number in rewards.py"),
         ("pixel_reward", "no function pixel_reward in classification_reward, macro_f1, balanced_accuracy, g_mean, "),
         ("broken.py:f", "broken.py cannot be loaded (expected ':' (broken.py, line 1))"),
-        ("raising.py:f", "raising.py cannot be loaded (division by zero)"),
+        ("raising.py:f", "raising.py cannot be loaded (division by zero, line 1)"),
         ("rewards.txt:f", "rewards.txt cannot be loaded (its name should end in .py)"),
         ("rewards.py:three", "rewards.py:three takes (actions, outputs, targets); expected four parameters (actions, "),
         ("rewards.py:named", "rewards.py:named takes (actions, outputs, targets, *, metadata); expected four "),

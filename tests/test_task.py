@@ -113,7 +113,7 @@ def test_f_scores_are_scikit_learns(beta):
         ("name,a\n", "line 1 should be file,<tag>,… with different tags, not name,a"),
         ("file,a,a\n", "line 1 should be file,<tag>,… with different tags, not file,a,a"),
         ("file,a,b\nx.png,1\n", "line 2 has 1 values for 2 tags"),
-        ("file,a\nx.png,1\n\nx.png,0\n", "line 4: x.png is there twice"),
+        ("file,a\nx.png,1.0\n\n ./x.png,False\n", "line 4: x.png is there twice"),
         ("file,a\nx.png,yes\n", "line 2: 'yes' should be 0 or 1"),
         ("file,a\ny.png,1\n", "line 2: there is no file y.png beside it"),
         ("file,a\n", "no image in it; a line for each follows the header"),
@@ -169,7 +169,7 @@ def test_a_file_that_has_moved_is_named_anew(folder, capsys):
 @pytest.mark.parametrize(
     "name, text, told",
     [
-        ("t.py", "import nowhere_to_be_found", "t.py cannot be loaded (No module named 'nowhere_to_be_found')"),
+        ("t.py", "import nowhere_to_be_found", "t.py cannot be loaded (No module named 'nowhere_to_be_found', line 1)"),
         ("t.py", "def f(:", "t.py cannot be loaded (invalid syntax"),
         ("t.py", "x = 1", "t.py should define one Task, or be named as t.py:ClassName; it defines none"),
         ("t.py", BRIGHT + "class Other(Bright): pass\n", "t.py should define one Task, or be named as t.py:ClassName"),
@@ -182,7 +182,7 @@ def test_a_file_that_has_moved_is_named_anew(folder, capsys):
             "Bright.keys: limit should be a new section.key",
         ),
         ("t.py", BRIGHT + "    keys = {'training.steps': Key(1, int, '')}\n", "keys: training.steps should be a new"),
-        ("t.py", "import sys; sys.exit(0)", "t.py cannot be loaded (0)"),
+        ("t.py", "import sys; sys.exit(0)", "t.py cannot be loaded (0, line 1)"),
         ("u.py", None, "u.py cannot be loaded (No such file or directory"),
         ("detecton", None, "'detecton' is not allowed; expected classification | segmentation | detection | path/to"),
         ("t.txt", "x", "'t.txt' is not allowed"),
