@@ -21,7 +21,6 @@ from images import ImageDataset
 from label_losses import CLASS_LOSSES
 from vision_task import Task
 
-
 NUMBERS = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "false": 0.0, "true": 1.0}  # as pandas may write them
 
 
