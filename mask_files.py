@@ -7,6 +7,7 @@ the places of its colours in that list. 255 does not count, or is the foreground
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -35,6 +36,7 @@ from frame import Crop, Frame
 
 IGNORED, NO_CLASS = 255, 254  # in place of a class id
 MOST_COUNTED = 5000  # masks that are decoded before a run
+GREYS = np.arange(256, dtype=np.uint8).repeat(3).tobytes()  # a palette that says no more than its indices
 IMAGE_ENDING = re.compile(r"[_. -](image|img|sat|leftimg8bit|0000)$", re.IGNORECASE)
 MASK_ENDING = r"masks?|gt|labels?|seg|segmentation|annotations?|ground_?truth|l|(gt(fine|coarse)_)?label(train)?ids"
 MASK_ENDING = re.compile(rf"[_. -]({MASK_ENDING})$", re.IGNORECASE)
@@ -192,9 +194,9 @@ def open_mask(path: str) -> tuple[Image.Image, str]:
         raise UnreadableMask(f"{path}: not a readable mask ({one_line(error)}); repair or remove it") from error
 
 
-def read_values(path: str, colours: str | None) -> np.ndarray:
-    """The mask file as uint8 [h, w] of pixel values; with colours the values are their places in that list. Raises
-    InputError."""
+def read_values(path: str, colours: str | None) -> tuple[np.ndarray, bytes]:
+    """The mask file as uint8 [h, w] of pixel values; with colours the values are their places in that list. Beside it
+    the palette, r g b r g b …, if the values are its indices, else nothing. Raises InputError."""
     mask, wrong = open_mask(path)
     mask.info.pop("transparency", None)  # of a palette: the index or the colour counts
     pixels = np.asarray(mask)
@@ -208,12 +210,14 @@ def read_values(path: str, colours: str | None) -> np.ndarray:
     if wrong:
         raise InputError(f"{path}: {wrong}")
     if colours:
-        return places_of(path, Image.fromarray(pixels.astype(np.uint8)) if mask.mode.startswith("I") else mask, colours)
+        mask = Image.fromarray(pixels.astype(np.uint8)) if mask.mode.startswith("I") else mask
+        return places_of(path, mask, colours), b""
     values = pixels if pixels.ndim == 2 else pixels[..., 0]
     if mask.mode.startswith("RGB") and (coloured := (values != pixels[..., 1]) | (values != pixels[..., 2])).any():
         colour = "#" + pixels[coloured][0, :3].tobytes().hex()
         raise InputError(f"{path}: it is in colours ({colour}); give each class its own in classes.txt: name #rrggbb")
-    return values.astype(np.uint8)
+    palette = bytes(mask.getpalette() or ())
+    return values.astype(np.uint8), palette if palette != GREYS else b""
 
 
 def places_of(path: str, mask: Image.Image, colours: str) -> np.ndarray:
@@ -235,16 +239,34 @@ def count_values(masks: list[str], colours: str | None, skip: bool) -> np.ndarra
     """Pixels of each value in each mask, [m, 256]. Raises InputError with all masks that are refused; with `skip` those
     that cannot be read have no pixels."""
 
-    def count(path: str) -> list[int] | InputError:
+    def count(path: str) -> tuple[list[int], bytes] | InputError:
         try:
-            return Image.fromarray(read_values(path, colours)).histogram()
+            values, palette = read_values(path, colours)
+            return Image.fromarray(values).histogram(), palette
         except InputError as error:
             return error
 
     with ThreadPoolExecutor(8) as threads:  # Pillow decodes without Python's lock
-        counts = list(threads.map(count, masks))
-    refuse([str(c) for c in counts if isinstance(c, InputError) and not (skip and isinstance(c, UnreadableMask))])
-    return np.array([[0] * 256 if isinstance(c, InputError) else c for c in counts])
+        found = list(threads.map(count, masks))
+    refuse([str(f) for f in found if isinstance(f, InputError) and not (skip and isinstance(f, UnreadableMask))])
+    counts, palettes = zip(*(([0] * 256, b"") if isinstance(f, InputError) else f for f in found))
+    counts = np.array(counts)
+    check_palettes(masks, counts, palettes)
+    return counts
+
+
+def check_palettes(masks: list[str], counts: np.ndarray, palettes: Sequence[bytes]) -> None:
+    """Raises InputError where a used index has two colours: some tools number each file's colours anew. counts:
+    [m, 256]; palettes: see `read_values`."""
+    first: dict[int, tuple[bytes, str]] = {}  # index -> its colour and the first mask that uses it
+    for path, count, palette in zip(masks, counts, palettes):
+        for i in np.flatnonzero(count[: len(palette) // 3]).tolist():
+            colour = palette[3 * i : 3 * i + 3]
+            other, where = first.setdefault(i, (colour, path))
+            if colour != other:
+                line = f"{path}: palette index {i} is #{colour.hex()}, but #{other.hex()} in {where}"
+                hint = "give each class its colour in classes.txt, name #rrggbb, or export the masks in grey"
+                raise InputError(f"{line}; {hint}")
 
 
 def class_ids(names: list[str], classes: list[str], value_255: str = "ignored") -> np.ndarray:
@@ -272,7 +294,7 @@ def decode_mask(
     """The mask file as uint8 [H, W] of class ids and 255, put where `images.decode_image` puts the image, by nearest
     neighbour; beside it nothing counts. ids: see `class_ids`; colours: of the pixel values, if masks have colours.
     Raises InputError with one line that names the file."""
-    values = read_values(path, colours)
+    values = read_values(path, colours)[0]
     mask = ids[values]
     if (unknown := mask == NO_CLASS).any():
         raise InputError(unknown_values(path, np.unique(values[unknown]), ids))

@@ -204,6 +204,28 @@ def test_a_gif_is_read_by_its_greys(tmp_path):
     assert "masks/0.gif: it is in colours (#090000); give each class its own in" in message(opened, root)
 
 
+def indexed(values, *colours) -> Image.Image:
+    mask = Image.fromarray(np.array(values, dtype=np.uint8))
+    mask.putpalette(bytes.fromhex("".join(colours)))
+    return mask
+
+
+def test_palettes_that_number_their_colours_anew_are_refused_unless_classes_txt_has_the_colours(tmp_path):
+    masks = [indexed([[0, 1]], "000000", "ff0000"), indexed([[1, 0]], "ff0000", "000000")]
+    root = folder(tmp_path, masks)
+    line = f"{root}/masks/1.png: palette index 0 is #ff0000, but #000000 in {root}/masks/0.png; "
+    hint = "give each class its colour in classes.txt, name #rrggbb, or export the masks in grey"
+    assert lines(opened, root) == [line + hint]
+    (tmp_path / "classes.txt").write_text("background #000000\nthing #ff0000")
+    assert targets(opened(root)[0]) == [[[0, 1]] * 2] * 2
+
+
+def test_palettes_may_differ_in_what_is_not_used_or_lack_it_and_lie_beside_greys(tmp_path):
+    voc, ramp = ("000000", "800000", "008000"), Image.fromarray(np.array([[0, 1]], dtype=np.uint8)).convert("P")
+    masks = [indexed([[0, 1]], *voc), indexed([[0, 1]], *voc[:2], "123456"), indexed([[0, 1]], voc[0]), ramp, [[0, 1]]]
+    assert targets(opened(folder(tmp_path, masks))[0]) == [[[0, 1]] * 2] * 5
+
+
 @pytest.mark.parametrize("size", [2, 3, 8, 12])
 def test_masks_are_resized_by_nearest_neighbour(tmp_path, size):
     """Output pixel i shows the input pixel that holds its centre: no new values, no shift."""
