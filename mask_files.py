@@ -147,27 +147,40 @@ def read_classes(root: str, classes: list[str] | None = None) -> tuple[list[str]
             rows.append((name, None))
     ignored = [row for row in rows if row[1] and re.fullmatch(r"(255\W+)?(ignored?|__ignore__)", row[0], re.IGNORECASE)]
     rows = [row for row in rows if row not in ignored]
-    numbered = [re.fullmatch(r"([0-9]{1,3})\s*[\s:,;=]\s*(.+)", name) for name, _ in rows]
-    if all(numbered):
-        by_number = [(int(match[1]), match[2], row[1]) for match, row in zip(numbered, rows)]
-        by_number = sorted((row for row in by_number if row[0] != IGNORED), key=lambda row: row[0])
-        numbers = [number for number, *_ in by_number]
-        if numbers == list(range(len(numbers))):
-            rows = [(name, colour) for _, name, colour in by_number]
-        elif numbers == list(range(1, len(numbers) + 1)):
-            hint = "number them from 0, as the pixel values, or not at all"
-            raise InputError(f"{path}: the classes are numbered from 1; {hint}")
+    rows = in_number_order(path, rows)
     names, colours = [name for name, _ in rows], [colour for _, colour in rows + ignored]
     if not 2 <= len(names) <= NO_CLASS or len(set(names)) < len(names):
         found = len(names) if len(set(names)) == len(names) else f"{max(names, key=names.count)} twice"
         raise InputError(f"{path}: it should name 2 to {NO_CLASS} different classes, one a line; found {found}")
-    if not any(colours) and all(map(OTHER_COLOUR.search, names)):  # a palette's index would count in its place
-        raise InputError(f"{path}: {names[0]}: a colour is written name #rrggbb, with six digits of base sixteen")
+    if not any(colours) and all(map(OTHER_COLOUR.search, names[1:])):  # a palette's index would count in its place
+        raise InputError(f"{path}: {names[1]}: a colour is written name #rrggbb, with six digits of base sixteen")
     if not any(colours):
         return names, None
     if None in colours or len(set(colours)) < len(colours):
         raise InputError(f"{path}: each class should have a colour of its own, name #rrggbb, or none a colour")
     return names, " ".join(colours)
+
+
+def in_number_order(path: str, rows: list[tuple[str, str | None]]) -> list[tuple[str, str | None]]:
+    """The rows (name and colour) of the file `path` in the order of the numbers before their names, without these and
+    without 255's; rows that are not numbered as they are. Raises InputError for numbers that are no pixel values."""
+    matches = [re.fullmatch(r"([0-9]{1,3})\s*[\s:,;=]\s*(.+)", name) for name, _ in rows]
+    by_number = [(int(match[1]), match[2], row[1]) for match, row in zip(matches, rows) if match]
+    by_number = sorted((row for row in by_number if row[0] != IGNORED), key=lambda row: row[0])
+    numbers = [number for number, *_ in by_number]
+    if all(matches) and numbers == list(range(len(numbers))):
+        return [(name, colour) for _, name, colour in by_number]
+    if all(matches) and numbers == list(range(1, len(numbers) + 1)):
+        hint = "number them from 0, as the pixel values, or not at all"
+        raise InputError(f"{path}: the classes are numbered from 1; {hint}")
+    if 0 not in numbers or len(numbers) < 2 or any(colour for _, colour in rows):  # 2 wheeler; colours need no number
+        return rows
+    if None in matches:
+        other = rows[matches.index(None)][0]
+        raise InputError(f"{path}: {other}: no number; number every class, and put # and a blank before a heading")
+    i = next(i for i in range(IGNORED) if numbers.count(i) != 1)
+    hint = f"each pixel value from 0 to {numbers[-1]} needs one line, also where no mask holds it"
+    raise InputError(f"{path}: {numbers.count(i) or 'no'} classes are numbered {i}; {hint}")
 
 
 class UnreadableMask(InputError):
