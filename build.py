@@ -43,6 +43,7 @@ from images import (
     Batches,
     ImageDataset,
     Loading,
+    depth_note,
     epoch_order,
     item_shape,
     keep_decoded,
@@ -440,7 +441,7 @@ def check_augment(task: Task, dataset: ImageDataset) -> None:
 
 def say_notes(dataset: ImageDataset, console: Console) -> None:
     """Whatever else is to be known of a folder before the run begins."""
-    for note in dataset.notes:
+    for note in (*dataset.notes, *depth_note(dataset.paths)):
         console.line(f"note: {dataset.root}: {note}")
 
 
