@@ -39,6 +39,7 @@ MOST_COUNTED = 5000  # masks that are decoded before a run
 GREYS = np.arange(256, dtype=np.uint8).repeat(3).tobytes()  # a palette that says no more than its indices
 IMAGE_ENDING = re.compile(r"[_. -](image|img|sat|leftimg8bit|0000)$", re.IGNORECASE)
 MASK_ENDING = r"masks?|gt|labels?|seg|segmentation|annotations?|ground_?truth|l|(gt(fine|coarse)_)?label(train)?ids"
+MASK_ENDING += "|jpe?g|png|bmp|webp|tiff?"  # x.jpg.png, as Supervisely has it
 MASK_ENDING = re.compile(rf"[_. -]({MASK_ENDING})$", re.IGNORECASE)
 OTHER_COLOUR = r"(#|0x)([0-9a-f]{3}|[0-9a-f]{6}|[0-9a-f]{8})|\d{1,3}([\s,;]+\d{1,3}){2}"
 OTHER_COLOUR = re.compile(rf"\S[\s,:;(\[]+({OTHER_COLOUR})\W*$", re.IGNORECASE)

@@ -457,6 +457,7 @@ def test_classes_txt_that_cannot_be_right(tmp_path, text, classes, expected):
         ("images/{}_leftImg8bit.png", "labels/{}_gtFine_labelTrainIds.png"),  # Cityscapes
         ("JPEGImages/{}.jpg", "SegmentationClass/{}.png"),  # Pascal VOC, LabelMe
         ("imagesTr/{}_0000.png", "labelsTr/{}.png"),  # nnU-Net
+        ("img/{}.jpeg", "masks/{}.jpeg.png"),  # Supervisely
         ("image/ISIC_{}.jpg", "mask/ISIC_{}_Segmentation.png"),
         ("images/Mu\u0308ll_{}.jpg", "annotations/M\u00fcll_{}.png"),  # one of them from a Mac
     ],
