@@ -43,10 +43,10 @@ from images import (
     Batches,
     ImageDataset,
     Loading,
-    depth_note,
     epoch_order,
     item_shape,
     keep_decoded,
+    look_at,
     ordered_batches,
     shared_memory_note,
     stream_batches,
@@ -441,7 +441,7 @@ def check_augment(task: Task, dataset: ImageDataset) -> None:
 
 def say_notes(dataset: ImageDataset, console: Console) -> None:
     """Whatever else is to be known of a folder before the run begins."""
-    for note in (*dataset.notes, *depth_note(dataset.paths)):
+    for note in (*dataset.notes, *look_at(dataset.paths)):
         console.line(f"note: {dataset.root}: {note}")
 
 

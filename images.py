@@ -27,14 +27,14 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from config import load_file, one_line
 from data_types import InputError, TensorMiniBatch
-from folders import open_image
+from folders import has_pages, open_image
 from frame import Crop, Frame
 from grpo import keyed_rng
 from processes import gather_everywhere, rank_and_world
 
 FEW_BAD = 3  # images that cannot be decoded; so many are skipped, however few images there are
 WHITE = 65535  # of 16 bits
-LOOKED_AT = 8  # images of a folder that are opened before a run, see `depth_note`
+LOOKED_AT = 8  # images of a folder that are opened before a run, see `look_at`
 PREFETCHED = 4  # batches that a worker decodes ahead of need
 
 
@@ -72,17 +72,22 @@ def decode_image(path: str, image_size: int | Sequence[int] | Frame, crop: Crop 
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()  # [h, w, 3] -> [3, h, w]
 
 
-def depth_note(paths: Sequence[str]) -> list[str]:
-    """A line if 16-bit grey is nearly black, as 12 bits in 16 are; looked for in an even sample of the files."""
-    n, most, highest = len(paths), min(len(paths), LOOKED_AT), []
+def look_at(paths: Sequence[str]) -> list[str]:
+    """Lines on an even sample of the files: TIFFs with pages that are not read, and 16-bit grey that is nearly black,
+    as 12 bits in 16 are."""
+    n, most, pages, highest = len(paths), min(len(paths), LOOKED_AT), 0, []
     for i in range(most):
         with suppress(Exception), open_image(paths[i * n // most]) as image:  # whoever decodes it says what is wrong
+            pages += has_pages(image)
             if image.mode.startswith("I"):
                 highest.append(np.asarray(image).max())
-    if not highest or max(highest) > WHITE // 4:
-        return []
-    what = f"of the 16-bit images, {len(highest)} looked at, no pixel is above {max(highest)} of {WHITE}"
-    return [f"{what}: they are nearly black; scale them to the whole range, or to 8 bits"]
+    notes = []
+    if pages:
+        notes.append(f"of {most} images looked at, {pages} are TIFFs with several pages: only the first is read")
+    if highest and max(highest) <= WHITE // 4:
+        what = f"of the 16-bit images, {len(highest)} looked at, no pixel is above {max(highest)} of {WHITE}"
+        notes.append(f"{what}: they are nearly black; scale them to the whole range, or to 8 bits")
+    return notes
 
 
 class ImageDataset(Dataset):

@@ -23,6 +23,7 @@ from folders import (
     SPLITS,
     SUFFIXES,
     find_images,
+    has_pages,
     is_sideways,
     is_visible,
     not_read_note,
@@ -200,6 +201,8 @@ def open_mask(path: str) -> tuple[Image.Image, str]:
             wrong = f"compressed with losses ({kind}), which changes classes; export the masks as PNG" if lossy else ""
             if "16" in str(raw if isinstance(raw, str) else raw[:1]) and not opened.mode.startswith("I"):
                 wrong = "16 bits for each of several channels; export the masks with 8"  # Pillow would halve them
+            if has_pages(opened):
+                wrong = "a TIFF with several pages; export one mask for each image"
             mask = ImageOps.exif_transpose(opened)
             if kind == "GIF":  # its writers renumber palettes
                 mask = mask.convert("RGBA" if "transparency" in mask.info else "RGB")

@@ -23,7 +23,7 @@ import images
 from build import say_notes
 from data_types import InputError
 from folders import upright_size
-from images import ImageDataset, Loading, decode_image, ordered_batches, prepare, stream_batches
+from images import ImageDataset, Loading, decode_image, look_at, ordered_batches, prepare, stream_batches
 from vit_model import VisionTransformer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # two workers on one core
@@ -101,6 +101,15 @@ def test_16_bits_that_are_nearly_black_are_said(tmp_path, highest, said):
     say_notes(SimpleNamespace(root="x", notes=("y",), paths=paths), SimpleNamespace(line=(lines := []).append))
     line = f"note: x: of the 16-bit images, 3 looked at, no pixel is above {said} of 65535: they are nearly black; "
     assert lines == ["note: x: y"] + [line + "scale them to the whole range, or to 8 bits"] * (said > 0)
+
+
+def test_tiffs_with_several_pages_are_said(tmp_path):
+    """An overview, smaller than its image, is no page of its own."""
+    for i, size in enumerate((4, 2)):
+        options = {"save_all": True, "append_images": [Image.new("L", (size, 4))]}
+        Image.new("L", (4, 4)).save(tmp_path / f"{i}.tif", **options)
+    said = "of 2 images looked at, 1 are TIFFs with several pages: only the first is read"
+    assert look_at([str(tmp_path / f"{i}.tif") for i in range(2)]) == [said]
 
 
 T = Image.Transpose

@@ -181,6 +181,7 @@ SAME_MASKS = {  # the same pixel values, as several tools write them
     "32 bits": (Image.fromarray(IDS.astype(np.int32)), ".tif", {}),
     "tiff": (GREY, ".tif", {"compression": "tiff_lzw"}),
     "lossless WebP": (GREY.convert("RGB"), ".webp", {"lossless": True}),
+    "tiff with an overview": (GREY, ".tif", {"save_all": True, "append_images": [Image.new("L", (1, 1))]}),
     "PNM": (GREY, ".pgm", {}),
 }
 
@@ -286,6 +287,9 @@ REFUSED = {
     "0.png: compressed with losses (JPEG), which changes classes; export the masks as PNG": saved(NOISE, format="JPEG"),
     "0.png: compressed with losses (WEBP)": saved(NOISE, format="WEBP"),
     "0.png: compressed with losses (TIFF)": saved(NOISE.convert("RGB"), format="TIFF", compression="jpeg"),
+    "0.tif: a TIFF with several pages; export one mask for each": saved(
+        Image.new("L", (2, 1)), "0.tif", save_all=True, append_images=[Image.new("L", (2, 1))]
+    ),
     "0.png: it is transparent in places; export the": saved(Image.new("RGBA", (2, 1), (1, 1, 1, 254))),
     "0.gif: it is transparent": saved(Image.new("RGBA", (2, 1)), "0.gif"),
     "0.png: it is in colours (#ff0001); give each class its own in classes.txt: name #rrggbb": saved(
