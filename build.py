@@ -46,6 +46,7 @@ from images import (
     epoch_order,
     item_shape,
     keep_decoded,
+    look_at,
     ordered_batches,
     shared_memory_note,
     stream_batches,
@@ -440,7 +441,7 @@ def check_augment(task: Task, dataset: ImageDataset) -> None:
 
 def say_notes(dataset: ImageDataset, console: Console) -> None:
     """Whatever else is to be known of a folder before the run begins."""
-    for note in dataset.notes:
+    for note in (*dataset.notes, *look_at(dataset.paths)):
         console.line(f"note: {dataset.root}: {note}")
 
 

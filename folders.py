@@ -118,6 +118,17 @@ def open_image(path: str) -> Image.Image:
     return Image.open(path)
 
 
+def has_pages(image: Image.Image) -> bool:
+    """Whether a TIFF, just opened, has a second page as large as its first; smaller ones are overviews."""
+    if image.format != "TIFF" or not image.is_animated:
+        return False
+    sizes = []
+    for page in (1, 0):
+        image.seek(page)
+        sizes.append(image.size)
+    return sizes[0] == sizes[1]
+
+
 def read_header(path: str) -> tuple[tuple[int, int], int]:
     """Width and height of the image file as stored, and its EXIF orientation. Raises InputError."""
     try:

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
@@ -26,19 +27,24 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from config import load_file, one_line
 from data_types import InputError, TensorMiniBatch
-from folders import open_image
+from folders import has_pages, open_image
 from frame import Crop, Frame
 from grpo import keyed_rng
 from processes import gather_everywhere, rank_and_world
 
 FEW_BAD = 3  # images that cannot be decoded; so many are skipped, however few images there are
+WHITE = 65535  # of 16 bits
+LOOKED_AT = 8  # images of a folder that are opened before a run, see `look_at`
 PREFETCHED = 4  # batches that a worker decodes ahead of need
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes as 8-bit RGB: 16-bit grey is scaled, not clipped; transparency lies on white."""
+    """Any of Pillow's modes as 8-bit RGB: 16-bit grey is scaled, not clipped; transparency lies on white. Raises
+    ValueError for pixels whose range is not known."""
     if image.mode.startswith("I"):  # "I;16" and its byte orders; "I" is how 16-bit grey comes from some formats
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > WHITE:
+            raise ValueError(f"pixels from {grey.min()} to {grey.max()}; shift and scale them into 0 to {WHITE}")
         return Image.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pixels have no fixed range; save it with 8 or 16 bits")
@@ -64,6 +70,24 @@ def decode_image(path: str, image_size: int | Sequence[int] | Frame, crop: Crop 
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise InputError(f"{path}: not a readable image ({one_line(error)}); repair or remove it") from error
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()  # [h, w, 3] -> [3, h, w]
+
+
+def look_at(paths: Sequence[str]) -> list[str]:
+    """Lines on an even sample of the files: TIFFs with pages that are not read, and 16-bit grey that is nearly black,
+    as 12 bits in 16 are."""
+    n, most, pages, highest = len(paths), min(len(paths), LOOKED_AT), 0, []
+    for i in range(most):
+        with suppress(Exception), open_image(paths[i * n // most]) as image:  # whoever decodes it says what is wrong
+            pages += has_pages(image)
+            if image.mode.startswith("I"):
+                highest.append(np.asarray(image).max())
+    notes = []
+    if pages:
+        notes.append(f"of {most} images looked at, {pages} are TIFFs with several pages: only the first is read")
+    if highest and max(highest) <= WHITE // 4:
+        what = f"of the 16-bit images, {len(highest)} looked at, no pixel is above {max(highest)} of {WHITE}"
+        notes.append(f"{what}: they are nearly black; scale them to the whole range, or to 8 bits")
+    return notes
 
 
 class ImageDataset(Dataset):

@@ -7,6 +7,7 @@ the places of its colours in that list. 255 does not count, or is the foreground
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -22,6 +23,7 @@ from folders import (
     SPLITS,
     SUFFIXES,
     find_images,
+    has_pages,
     is_sideways,
     is_visible,
     not_read_note,
@@ -35,8 +37,10 @@ from frame import Crop, Frame
 
 IGNORED, NO_CLASS = 255, 254  # in place of a class id
 MOST_COUNTED = 5000  # masks that are decoded before a run
+GREYS = np.arange(256, dtype=np.uint8).repeat(3).tobytes()  # a palette that says no more than its indices
 IMAGE_ENDING = re.compile(r"[_. -](image|img|sat|leftimg8bit|0000)$", re.IGNORECASE)
 MASK_ENDING = r"masks?|gt|labels?|seg|segmentation|annotations?|ground_?truth|l|(gt(fine|coarse)_)?label(train)?ids"
+MASK_ENDING += "|jpe?g|png|bmp|webp|tiff?"  # x.jpg.png, as Supervisely has it
 MASK_ENDING = re.compile(rf"[_. -]({MASK_ENDING})$", re.IGNORECASE)
 OTHER_COLOUR = r"(#|0x)([0-9a-f]{3}|[0-9a-f]{6}|[0-9a-f]{8})|\d{1,3}([\s,;]+\d{1,3}){2}"
 OTHER_COLOUR = re.compile(rf"\S[\s,:;(\[]+({OTHER_COLOUR})\W*$", re.IGNORECASE)
@@ -145,27 +149,40 @@ def read_classes(root: str, classes: list[str] | None = None) -> tuple[list[str]
             rows.append((name, None))
     ignored = [row for row in rows if row[1] and re.fullmatch(r"(255\W+)?(ignored?|__ignore__)", row[0], re.IGNORECASE)]
     rows = [row for row in rows if row not in ignored]
-    numbered = [re.fullmatch(r"([0-9]{1,3})\s*[\s:,;=]\s*(.+)", name) for name, _ in rows]
-    if all(numbered):
-        by_number = [(int(match[1]), match[2], row[1]) for match, row in zip(numbered, rows)]
-        by_number = sorted((row for row in by_number if row[0] != IGNORED), key=lambda row: row[0])
-        numbers = [number for number, *_ in by_number]
-        if numbers == list(range(len(numbers))):
-            rows = [(name, colour) for _, name, colour in by_number]
-        elif numbers == list(range(1, len(numbers) + 1)):
-            hint = "number them from 0, as the pixel values, or not at all"
-            raise InputError(f"{path}: the classes are numbered from 1; {hint}")
+    rows = in_number_order(path, rows)
     names, colours = [name for name, _ in rows], [colour for _, colour in rows + ignored]
     if not 2 <= len(names) <= NO_CLASS or len(set(names)) < len(names):
         found = len(names) if len(set(names)) == len(names) else f"{max(names, key=names.count)} twice"
         raise InputError(f"{path}: it should name 2 to {NO_CLASS} different classes, one a line; found {found}")
-    if not any(colours) and all(map(OTHER_COLOUR.search, names)):  # a palette's index would count in its place
-        raise InputError(f"{path}: {names[0]}: a colour is written name #rrggbb, with six digits of base sixteen")
+    if not any(colours) and all(map(OTHER_COLOUR.search, names[1:])):  # a palette's index would count in its place
+        raise InputError(f"{path}: {names[1]}: a colour is written name #rrggbb, with six digits of base sixteen")
     if not any(colours):
         return names, None
     if None in colours or len(set(colours)) < len(colours):
         raise InputError(f"{path}: each class should have a colour of its own, name #rrggbb, or none a colour")
     return names, " ".join(colours)
+
+
+def in_number_order(path: str, rows: list[tuple[str, str | None]]) -> list[tuple[str, str | None]]:
+    """The rows (name and colour) of the file `path` in the order of the numbers before their names, without these and
+    without 255's; rows that are not numbered as they are. Raises InputError for numbers that are no pixel values."""
+    matches = [re.fullmatch(r"([0-9]{1,3})\s*[\s:,;=]\s*(.+)", name) for name, _ in rows]
+    by_number = [(int(match[1]), match[2], row[1]) for match, row in zip(matches, rows) if match]
+    by_number = sorted((row for row in by_number if row[0] != IGNORED), key=lambda row: row[0])
+    numbers = [number for number, *_ in by_number]
+    if all(matches) and numbers == list(range(len(numbers))):
+        return [(name, colour) for _, name, colour in by_number]
+    if all(matches) and numbers == list(range(1, len(numbers) + 1)):
+        hint = "number them from 0, as the pixel values, or not at all"
+        raise InputError(f"{path}: the classes are numbered from 1; {hint}")
+    if 0 not in numbers or len(numbers) < 2 or any(colour for _, colour in rows):  # 2 wheeler; colours need no number
+        return rows
+    if None in matches:
+        other = rows[matches.index(None)][0]
+        raise InputError(f"{path}: {other}: no number; number every class, and put # and a blank before a heading")
+    i = next(i for i in range(IGNORED) if numbers.count(i) != 1)
+    hint = f"each pixel value from 0 to {numbers[-1]} needs one line, also where no mask holds it"
+    raise InputError(f"{path}: {numbers.count(i) or 'no'} classes are numbered {i}; {hint}")
 
 
 class UnreadableMask(InputError):
@@ -184,6 +201,8 @@ def open_mask(path: str) -> tuple[Image.Image, str]:
             wrong = f"compressed with losses ({kind}), which changes classes; export the masks as PNG" if lossy else ""
             if "16" in str(raw if isinstance(raw, str) else raw[:1]) and not opened.mode.startswith("I"):
                 wrong = "16 bits for each of several channels; export the masks with 8"  # Pillow would halve them
+            if has_pages(opened):
+                wrong = "a TIFF with several pages; export one mask for each image"
             mask = ImageOps.exif_transpose(opened)
             if kind == "GIF":  # its writers renumber palettes
                 mask = mask.convert("RGBA" if "transparency" in mask.info else "RGB")
@@ -192,9 +211,9 @@ def open_mask(path: str) -> tuple[Image.Image, str]:
         raise UnreadableMask(f"{path}: not a readable mask ({one_line(error)}); repair or remove it") from error
 
 
-def read_values(path: str, colours: str | None) -> np.ndarray:
-    """The mask file as uint8 [h, w] of pixel values; with colours the values are their places in that list. Raises
-    InputError."""
+def read_values(path: str, colours: str | None) -> tuple[np.ndarray, bytes]:
+    """The mask file as uint8 [h, w] of pixel values; with colours the values are their places in that list. Beside it
+    the palette, r g b r g b …, if the values are its indices, else nothing. Raises InputError."""
     mask, wrong = open_mask(path)
     mask.info.pop("transparency", None)  # of a palette: the index or the colour counts
     pixels = np.asarray(mask)
@@ -208,12 +227,14 @@ def read_values(path: str, colours: str | None) -> np.ndarray:
     if wrong:
         raise InputError(f"{path}: {wrong}")
     if colours:
-        return places_of(path, Image.fromarray(pixels.astype(np.uint8)) if mask.mode.startswith("I") else mask, colours)
+        mask = Image.fromarray(pixels.astype(np.uint8)) if mask.mode.startswith("I") else mask
+        return places_of(path, mask, colours), b""
     values = pixels if pixels.ndim == 2 else pixels[..., 0]
     if mask.mode.startswith("RGB") and (coloured := (values != pixels[..., 1]) | (values != pixels[..., 2])).any():
         colour = "#" + pixels[coloured][0, :3].tobytes().hex()
         raise InputError(f"{path}: it is in colours ({colour}); give each class its own in classes.txt: name #rrggbb")
-    return values.astype(np.uint8)
+    palette = bytes(mask.getpalette() or ())
+    return values.astype(np.uint8), palette if palette != GREYS else b""
 
 
 def places_of(path: str, mask: Image.Image, colours: str) -> np.ndarray:
@@ -235,16 +256,34 @@ def count_values(masks: list[str], colours: str | None, skip: bool) -> np.ndarra
     """Pixels of each value in each mask, [m, 256]. Raises InputError with all masks that are refused; with `skip` those
     that cannot be read have no pixels."""
 
-    def count(path: str) -> list[int] | InputError:
+    def count(path: str) -> tuple[list[int], bytes] | InputError:
         try:
-            return Image.fromarray(read_values(path, colours)).histogram()
+            values, palette = read_values(path, colours)
+            return Image.fromarray(values).histogram(), palette
         except InputError as error:
             return error
 
     with ThreadPoolExecutor(8) as threads:  # Pillow decodes without Python's lock
-        counts = list(threads.map(count, masks))
-    refuse([str(c) for c in counts if isinstance(c, InputError) and not (skip and isinstance(c, UnreadableMask))])
-    return np.array([[0] * 256 if isinstance(c, InputError) else c for c in counts])
+        found = list(threads.map(count, masks))
+    refuse([str(f) for f in found if isinstance(f, InputError) and not (skip and isinstance(f, UnreadableMask))])
+    counts, palettes = zip(*(([0] * 256, b"") if isinstance(f, InputError) else f for f in found))
+    counts = np.array(counts)
+    check_palettes(masks, counts, palettes)
+    return counts
+
+
+def check_palettes(masks: list[str], counts: np.ndarray, palettes: Sequence[bytes]) -> None:
+    """Raises InputError where a used index has two colours: some tools number each file's colours anew. counts:
+    [m, 256]; palettes: see `read_values`."""
+    first: dict[int, tuple[bytes, str]] = {}  # index -> its colour and the first mask that uses it
+    for path, count, palette in zip(masks, counts, palettes):
+        for i in np.flatnonzero(count[: len(palette) // 3]).tolist():
+            colour = palette[3 * i : 3 * i + 3]
+            other, where = first.setdefault(i, (colour, path))
+            if colour != other:
+                line = f"{path}: palette index {i} is #{colour.hex()}, but #{other.hex()} in {where}"
+                hint = "give each class its colour in classes.txt, name #rrggbb, or export the masks in grey"
+                raise InputError(f"{line}; {hint}")
 
 
 def class_ids(names: list[str], classes: list[str], value_255: str = "ignored") -> np.ndarray:
@@ -272,7 +311,7 @@ def decode_mask(
     """The mask file as uint8 [H, W] of class ids and 255, put where `images.decode_image` puts the image, by nearest
     neighbour; beside it nothing counts. ids: see `class_ids`; colours: of the pixel values, if masks have colours.
     Raises InputError with one line that names the file."""
-    values = read_values(path, colours)
+    values = read_values(path, colours)[0]
     mask = ids[values]
     if (unknown := mask == NO_CLASS).any():
         raise InputError(unknown_values(path, np.unique(values[unknown]), ids))

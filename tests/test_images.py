@@ -20,9 +20,10 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 
 import images
+from build import say_notes
 from data_types import InputError
 from folders import upright_size
-from images import ImageDataset, Loading, decode_image, ordered_batches, prepare, stream_batches
+from images import ImageDataset, Loading, decode_image, look_at, ordered_batches, prepare, stream_batches
 from vit_model import VisionTransformer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # two workers on one core
@@ -91,6 +92,26 @@ def test_every_mode_decodes_to_its_rgb(tmp_path, name, pixels, options, mode, ex
     assert np.abs(decoded(tmp_path / name, 2) - expected.astype(float)).max() <= tolerance
 
 
+@pytest.mark.parametrize("highest, said", [([4095, 500, 16383], 16383), ([4095, 16384], 0), ([], 0)])
+def test_16_bits_that_are_nearly_black_are_said(tmp_path, highest, said):
+    """8-bit images and files that cannot be read say nothing."""
+    paths = [str(tmp_path / f"{i}.png") for i in range(10)]  # of which 0, 1, 2, 3, 5, 6, 7, 8 are looked at
+    for i, path in enumerate(paths[1:]):
+        Image.new("I;16", (2, 1), highest[i]).save(path) if i < len(highest) else Image.new("L", (2, 1)).save(path)
+    say_notes(SimpleNamespace(root="x", notes=("y",), paths=paths), SimpleNamespace(line=(lines := []).append))
+    line = f"note: x: of the 16-bit images, 3 looked at, no pixel is above {said} of 65535: they are nearly black; "
+    assert lines == ["note: x: y"] + [line + "scale them to the whole range, or to 8 bits"] * (said > 0)
+
+
+def test_tiffs_with_several_pages_are_said(tmp_path):
+    """An overview, smaller than its image, is no page of its own."""
+    for i, size in enumerate((4, 2)):
+        options = {"save_all": True, "append_images": [Image.new("L", (size, 4))]}
+        Image.new("L", (4, 4)).save(tmp_path / f"{i}.tif", **options)
+    said = "of 2 images looked at, 1 are TIFFs with several pages: only the first is read"
+    assert look_at([str(tmp_path / f"{i}.tif") for i in range(2)]) == [said]
+
+
 T = Image.Transpose
 STORED = {  # what a camera does to the upright picture under each of EXIF's orientations
     **{1: None, 2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM},
@@ -155,11 +176,13 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
         (b"this is no image\n", r"cannot identify image file 'PATH'"),
         (None, r"\[Errno 2\] No such file or directory: 'PATH'"),
         (encoded(Image.new("F", (4, 4)), "TIFF"), "floating-point pixels have no fixed range; save it with 8 or .+"),
+        (encoded(Image.new("I", (4, 4), -7), "TIFF"), "pixels from -7 to -7; shift and scale them into 0 to 65535"),
+        (encoded(Image.new("I", (4, 4), 65536), "TIFF"), "pixels from 65536 to 65536; .+"),
         (encoded(Image.new("1", (400, 300)), "PNG"), r"Image size \(120000 pixels\) exceeds limit of \d+ pixels, .+"),
         (OSError("two\n  lines"), "two lines"),
         (MemoryError(), "MemoryError"),
     ],
-    ids=["truncated", "text", "missing", "float", "bomb", "line break", "no message"],
+    ids=["truncated", "text", "missing", "float", "negative", "17 bits", "bomb", "line break", "no message"],
 )
 def test_unreadable_file_is_one_line_naming_it(tmp_path, monkeypatch, content, reason):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)

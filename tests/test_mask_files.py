@@ -181,6 +181,7 @@ SAME_MASKS = {  # the same pixel values, as several tools write them
     "32 bits": (Image.fromarray(IDS.astype(np.int32)), ".tif", {}),
     "tiff": (GREY, ".tif", {"compression": "tiff_lzw"}),
     "lossless WebP": (GREY.convert("RGB"), ".webp", {"lossless": True}),
+    "tiff with an overview": (GREY, ".tif", {"save_all": True, "append_images": [Image.new("L", (1, 1))]}),
     "PNM": (GREY, ".pgm", {}),
 }
 
@@ -202,6 +203,28 @@ def test_a_gif_is_read_by_its_greys(tmp_path):
     assert targets(opened(root)[0]) == [[[0, 2]] * 2]
     PALETTE.crop((0, 0, 2, 1)).save(tmp_path / "masks" / "0.gif")
     assert "masks/0.gif: it is in colours (#090000); give each class its own in" in message(opened, root)
+
+
+def indexed(values, *colours) -> Image.Image:
+    mask = Image.fromarray(np.array(values, dtype=np.uint8))
+    mask.putpalette(bytes.fromhex("".join(colours)))
+    return mask
+
+
+def test_palettes_that_number_their_colours_anew_are_refused_unless_classes_txt_has_the_colours(tmp_path):
+    masks = [indexed([[0, 1]], "000000", "ff0000"), indexed([[1, 0]], "ff0000", "000000")]
+    root = folder(tmp_path, masks)
+    line = f"{root}/masks/1.png: palette index 0 is #ff0000, but #000000 in {root}/masks/0.png; "
+    hint = "give each class its colour in classes.txt, name #rrggbb, or export the masks in grey"
+    assert lines(opened, root) == [line + hint]
+    (tmp_path / "classes.txt").write_text("background #000000\nthing #ff0000")
+    assert targets(opened(root)[0]) == [[[0, 1]] * 2] * 2
+
+
+def test_palettes_may_differ_in_what_is_not_used_or_lack_it_and_lie_beside_greys(tmp_path):
+    voc, ramp = ("000000", "800000", "008000"), Image.fromarray(np.array([[0, 1]], dtype=np.uint8)).convert("P")
+    masks = [indexed([[0, 1]], *voc), indexed([[0, 1]], *voc[:2], "123456"), indexed([[0, 1]], voc[0]), ramp, [[0, 1]]]
+    assert targets(opened(folder(tmp_path, masks))[0]) == [[[0, 1]] * 2] * 5
 
 
 @pytest.mark.parametrize("size", [2, 3, 8, 12])
@@ -264,6 +287,9 @@ REFUSED = {
     "0.png: compressed with losses (JPEG), which changes classes; export the masks as PNG": saved(NOISE, format="JPEG"),
     "0.png: compressed with losses (WEBP)": saved(NOISE, format="WEBP"),
     "0.png: compressed with losses (TIFF)": saved(NOISE.convert("RGB"), format="TIFF", compression="jpeg"),
+    "0.tif: a TIFF with several pages; export one mask for each": saved(
+        Image.new("L", (2, 1)), "0.tif", save_all=True, append_images=[Image.new("L", (2, 1))]
+    ),
     "0.png: it is transparent in places; export the": saved(Image.new("RGBA", (2, 1), (1, 1, 1, 254))),
     "0.gif: it is transparent": saved(Image.new("RGBA", (2, 1)), "0.gif"),
     "0.png: it is in colours (#ff0001); give each class its own in classes.txt: name #rrggbb": saved(
@@ -366,10 +392,11 @@ def test_a_colour_that_is_not_listed_is_named(tmp_path):
         ("1: b\n0: a\n255: void\n", ["a", "b"]),
         ("# the classes\n__ignore__\n_background_\ncat", ["_background_", "cat"]),
         ("0\n1\n2", ["0", "1", "2"]),
-        ("0 a\n0 b\n1 c", ["0 a", "0 b", "1 c"]),
+        ("# id name\n0 a\n2 c\n1 b", ["a", "b", "c"]),
         ("2 wheeler\n4 wheeler", ["2 wheeler", "4 wheeler"]),
         (unicodedata.normalize("NFD", "Bär\nÉléphant"), ["Bär", "Éléphant"]),
         ("a #010203\nb,#0a0b0C\n", ["a", "b"]),
+        ("0 a #010203\n7 b #0a0b0C\n", ["0 a", "7 b"]),
     ],
 )
 def test_names_in_classes_txt(tmp_path, text, names):
@@ -404,14 +431,18 @@ def test_classes_without_a_file_are_numbered(tmp_path):
     [
         ("one\n", None, "it should name 2 to 254 different classes, one a line; found 1"),
         ("a\nb\na\n", None, "it should name 2 to 254 different classes, one a line; found a twice"),
-        ("a #000\nb #f00\n", None, "a #000: a colour is written name #rrggbb, with six digits of base sixteen"),
-        ("a:0,0,0::\nb:255,0,0::\n", None, "a:0,0,0::: a colour is written name #rrggbb"),
-        ("a #000000ff\nb #ff0000ff\n", None, "a #000000ff: a colour is written name #rrggbb"),
-        ("a 0x000000\nb 0xff0000\n", None, "a 0x000000: a colour is written name #rrggbb"),
+        ("a #000\nb #f00\n", None, "b #f00: a colour is written name #rrggbb, with six digits of base sixteen"),
+        ("a:0,0,0::\nb:255,0,0::\n", None, "b:255,0,0::: a colour is written name #rrggbb"),
+        ("a #000000ff\nb #ff0000ff\n", None, "b #ff0000ff: a colour is written name #rrggbb"),
+        ("a 0x000000\nb 0xff0000\n", None, "b 0xff0000: a colour is written name #rrggbb"),
         ("a #000000\nb\n", None, "each class should have a colour of its own, name #rrggbb, or none a colour"),
         ("a #000000\nb #000000\n", None, "each class should have a colour of its own"),
         ("#000000 a\n#ffffff b\n", None, "#000000 a: a colour comes after its class's name: name #rrggbb"),
         ("1 a\n2 b\n", None, "the classes are numbered from 1; number them from 0, as the pixel values, or not at"),
+        ("0 a\n2 c\n1 b\n5 f\n", None, "no classes are numbered 3; each pixel value from 0 to 5 needs one line, also"),
+        ("0 a\n0 b\n1 c\n", None, "2 classes are numbered 0; each pixel value from 0 to 1 needs one line"),
+        ("id name\n0 a\n1 b\n", None, "id name: no number; number every class, and put # and a blank before a"),
+        ("name,r,g,b\na,0,0,0\nb,255,0,0\n", None, "a,0,0,0: a colour is written name #rrggbb"),
         ("a\nx\n", ["a", "b"], "classes unknown in the training folder: x"),
     ],
 )
@@ -430,6 +461,7 @@ def test_classes_txt_that_cannot_be_right(tmp_path, text, classes, expected):
         ("images/{}_leftImg8bit.png", "labels/{}_gtFine_labelTrainIds.png"),  # Cityscapes
         ("JPEGImages/{}.jpg", "SegmentationClass/{}.png"),  # Pascal VOC, LabelMe
         ("imagesTr/{}_0000.png", "labelsTr/{}.png"),  # nnU-Net
+        ("img/{}.jpeg", "masks/{}.jpeg.png"),  # Supervisely
         ("image/ISIC_{}.jpg", "mask/ISIC_{}_Segmentation.png"),
         ("images/Mu\u0308ll_{}.jpg", "annotations/M\u00fcll_{}.png"),  # one of them from a Mac
     ],
