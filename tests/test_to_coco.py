@@ -179,6 +179,43 @@ def test_yolos_splits(tmp_path, images, labels):
         assert DetectionDataset(str(root / "train"), 16, 4).labels[0].tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("start", ["", "./", "data/", "C:\\yolo\\", "/home/bob/"])
+def test_yolos_lists_are_splits(tmp_path, capsys, start):
+    """As Darknet and Ultralytics write them, of this machine or another; a label file beside is no list."""
+    write_yolo(tmp_path, "images/a", "labels/a", ["one"])
+    write_yolo(tmp_path, "images/b", "labels/b")
+    lists = {"train": "a/one b/one", "autosplit_val": "b/two b/two b/four four", "test": "a/two"}
+    for name, stems in lists.items():
+        lines = [f"{start}images/{stem}.jpg\n" for stem in stems.split()]
+        (tmp_path / f"{name}.txt").write_text("".join(lines).replace("/", "\\" if "\\" in start else "/"))
+    (tmp_path / "train_7.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    convert(tmp_path)
+    said = capsys.readouterr().out.splitlines()
+    of_none = "txt: lines that name no image read here, skipped:"
+    assert said[0].startswith(f"{tmp_path}/autosplit_val.{of_none} 2, as {start}images")
+    assert said[1].startswith(f"{tmp_path}/test.{of_none} 1, as ")
+    assert said[2] == f"{tmp_path}: images in no list, left out: 1"
+    files = sorted((tmp_path / "annotations").iterdir())
+    assert [file.name for file in files] == ["instances_autosplit_val.json", "instances_train.json"]
+    val, train = (DetectionDataset(str(file), 16, 4).paths for file in files)
+    assert val == [f"{tmp_path}/images/b/two.jpg"]
+    assert train == [f"{tmp_path}/images/{stem}.jpg" for stem in ("a/one", "b/one")]
+
+
+def test_names_alone_in_a_list_and_lists_of_other_images(tmp_path, capsys):
+    """A name is enough if only one image has it. VOC's own lists come first."""
+    write_voc(tmp_path)
+    (tmp_path / "train.txt").write_text("two.jpg\nJPEGImages/one.jpg\n")
+    convert(tmp_path, "--out", str(tmp_path / "coco"))
+    train = DetectionDataset(f"{tmp_path}/coco/annotations/instances_train.json", 16, 4)
+    assert [Path(path).stem for path in train.paths] == ["two", "one"]
+    sets = tmp_path / "ImageSets" / "Main"
+    sets.mkdir(parents=True)
+    (sets / "val.txt").write_text("four\n")
+    expected = f"{sets}/val.txt: no line names an image read here; correct or remove the lists beside it"
+    assert refused(capsys, to_coco.main, str(tmp_path)) == expected
+
+
 @pytest.mark.parametrize("file", ["labels/classes.txt", "classes.txt", "data.yaml", "my.yml"])
 def test_where_yolo_names_its_classes(tmp_path, file):
     """A polygon becomes its box, and a line that is there twice counts once."""

@@ -3,8 +3,8 @@
     uv run tools/to_coco.py photos                    # writes photos/annotations.json; then data.train_dir=photos
     uv run tools/to_coco.py photos --out coco         # writes into another folder
 
-A folder with splits (VOC's ImageSets/Main/train.txt, YOLO's images/train or train/images) gets a file for each,
-annotations/instances_train.json and so on, which data.train_dir and data.eval_dir name instead of a folder.
+A folder with splits (VOC's ImageSets/Main/train.txt, YOLO's train.txt, images/train or train/images) gets a file for
+each, annotations/instances_train.json and so on, which data.train_dir and data.eval_dir name instead of a folder.
 
 VOC: Annotations/*.xml (or annotations/, annotations/xmls/) with JPEGImages/ or images/, or both together. Coordinates
 count from 1, as VOC's own do, so 1 is subtracted from xmin and ymin, as detectron2 does; unless one in the folder is 0.
@@ -31,7 +31,7 @@ import yaml
 from coco_annotations import FLAGS, as_id, other_format
 from config import one_line
 from data_types import InputError
-from folders import find_images, refuse, same_name, upright_size
+from folders import SUFFIXES, find_images, refuse, same_name, upright_size
 
 SPLITS = re.compile(r"(train|val|valid|test|dev|minival)\w*", re.I)
 Objects = list[tuple[int | str, float, float, float, float, bool]]  # class, x0 y0 x1 y1, difficult
@@ -214,15 +214,40 @@ def read_yolo(folder: Path, findings: Findings) -> tuple[list[str], dict[str, Re
     return names, records
 
 
+def find_record(line: str, paths: dict[str, list[tuple[tuple[str, ...], str]]]) -> str | None:
+    """The key of the image that a line of a list means: its path may begin elsewhere, or further down. None if that is
+    no image, or one of several. paths: file name -> the parts of each image's path, from the last on, and its key."""
+    parts, ends = Path(same_name(line).replace("\\", "/")).parts[::-1], {}
+    for path, key in paths.get(parts[0], ()):
+        if (same := len(os.path.commonprefix((parts, path)))) == min(len(parts), len(path)):
+            ends.setdefault(same, []).append(key)
+    found = ends[max(ends)] if ends else []
+    return found[0] if len(found) == 1 else None
+
+
 def splits(folder: Path, records: dict[str, Record]) -> dict[str, list[Record]]:
-    """Name -> records: VOC's image sets, or the folders train, val … of YOLO's; of neither one without a name."""
+    """Name -> records: VOC's image sets, YOLO's lists of images, or the folders train, val … of its images; of none of
+    these one without a name. Raises InputError for lists of which no line names an image."""
     parts: dict[str, list[Record]] = {}
     sets = [p for p in sorted((folder / "ImageSets" / "Main").glob("*.txt")) if SPLITS.fullmatch(p.stem)]
-    for path in sets:
-        stems = [line.split()[0] for line in read_text(path).splitlines() if line.strip()]
-        if missing := [stem for stem in stems if stem not in records]:
-            print(f"{path}: images without annotations, skipped: {len(missing)}")
-        parts[path.stem] = [records[stem] for stem in stems if stem in records]
+    texts = [p for p in sorted(folder.glob("*.txt")) if SPLITS.search(p.stem)]  # some are labels beside their images
+    sets = sets or [p for p in texts if read_text(p).strip().lower().endswith(SUFFIXES)]
+    paths: dict[str, list[tuple[tuple[str, ...], str]]] = {}
+    for key, (image, *_) in records.items():
+        path = Path(same_name(os.path.relpath(image, folder))).parts[::-1]
+        paths.setdefault(path[0], []).append((path, key))
+    for file in sets:
+        lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+        stems = {line: line.split()[0] for line in lines}  # VOC's, maybe before a flag
+        keys = {line: stem if stem in records else find_record(line, paths) for line, stem in stems.items()}
+        if missing := [line for line, key in keys.items() if key is None]:
+            print(f"{file}: lines that name no image read here, skipped: {len(missing)}, as {missing[0]}")
+        parts[file.stem] = [records[key] for key in dict.fromkeys(keys.values()) if key is not None]
+    listed = {image for part in parts.values() for image, *_ in part}
+    if sets and not listed:
+        raise InputError(f"{sets[0]}: no line names an image read here; correct or remove the lists beside it")
+    if sets and len(listed) < len(records):
+        print(f"{folder}: images in no list, left out: {len(records) - len(listed)}")
     for key, record in records.items() if not sets else ():
         above = [part for part in Path(key).parts[:-1] if SPLITS.fullmatch(part)]
         parts.setdefault(above[0] if above else "", []).append(record)
