@@ -299,7 +299,8 @@ def box_of_mask(mask: Any) -> list[float] | None:
 
 
 def read_box(row: dict) -> list[float]:
-    """x, y, width and height of one annotation. Raises ValueError, which says what is wrong."""
+    """x, y, width and height of one annotation; of its mask where there is no box, or one without area, as some tools
+    write beside polygons. Raises ValueError, which says what is wrong."""
     box = row.get("bbox")
     if box in (None, []):
         box = box_of_mask(row.get("segmentation"))
@@ -312,7 +313,7 @@ def read_box(row: dict) -> list[float]:
     if len(box) != 4 or not all(abs(x) < FAR for x in box) or min(box[2:]) < 0:
         given = shown(row.get("bbox"))
         raise ValueError(f"bbox {given} should be four finite numbers: x, y, width >= 0, height >= 0")
-    return box
+    return box if min(box[2:]) > 0 else box_of_mask(row.get("segmentation")) or box
 
 
 def read_boxes(rows: list[dict]) -> np.ndarray | None:
@@ -334,6 +335,8 @@ def read_objects(rows: list[dict], wanted: np.ndarray, findings: list[str]) -> t
     wanted [m]: the rows that are looked at."""
     boxes, flags = read_boxes(rows), [row.get("iscrowd") for row in rows]
     if boxes is not None and set(map(type, flags)) <= {int, type(None)} and set(flags) <= {None, 0, 1}:
+        for i in np.flatnonzero((boxes[:, 2:] == 0).any(1)).tolist():
+            boxes[i] = read_box(rows[i])
         return boxes, np.array([bool(flag) for flag in flags], dtype=bool)
     boxes, crowd = np.full((len(rows), 4), math.nan), np.zeros(len(rows), dtype=bool)
     for i in np.flatnonzero(wanted).tolist():
@@ -430,8 +433,9 @@ def read_annotations(root: str, named: str | None = None, skip_bad: bool = False
     folders = set(map(os.path.dirname, paths))
     if unlisted := sum(os.path.dirname(path) in folders for path in set(files.by_path.values()).difference(paths)):
         notes.append(f"image files beside those that {os.path.basename(file)} names, not read: {unlisted}")
-    if strange := sum(key not in listed for key in image_ids):
-        notes.append(f"annotations of images that it does not list, skipped: {strange}")
+    if strange := [row["image_id"] for row, key in zip(rows, image_ids) if key is not None and key not in listed]:
+        example = f"as image_id {shown(strange[0])} (the first listed: {shown(lists['images'][0].get('id'))})"
+        notes.append(f"annotations of images that it does not list, skipped: {len(strange)}, {example}")
     place, number = {key: i for i, key in enumerate(images)}, {key: i for i, key in enumerate(categories)}
     image = np.array([place.get(key, -1) for key in image_ids], dtype=np.int64)
     category = np.array([number.get(key, -1) for key in category_ids], dtype=np.int64)
@@ -452,4 +456,7 @@ def read_annotations(root: str, named: str | None = None, skip_bad: bool = False
     boxes, real = fit_boxes(boxes[kept], of_each, lambda i: name_of(rows, kept[i]), findings, notes)
     refuse([f"{file}: {finding}" for finding in findings] + wrong_files)
     kept, boxes = kept[real], boxes[real]
+    if rows and len(strange) + (~real).sum() == len(rows):
+        why = "; ".join(note for note in notes if ", skipped: " in note)
+        raise InputError(f"{file}: no annotation is left ({why}); correct them, or write an empty list")
     return Annotations(file, root, paths, sizes, categories, image[kept], category[kept], boxes, crowd[kept], notes)

@@ -117,6 +117,14 @@ SAME = {  # what gives the clean targets, and what is said of it
     "boxes as texts": ([rows("annotations", bbox=lambda r: [str(x) for x in r["bbox"]])], []),
     "polygons alone": ([rows("annotations", segmentation=as_polygon), drop("annotations", "bbox")], []),
     "a polygon and an empty box": ([row("annotations", 0, bbox=[], segmentation=[[2, 4], [6, 4], [6, 12]])], []),
+    "a polygon and a box without area": (
+        [row("annotations", 0, bbox=[0, 0, 0, 0], segmentation=[[2, 4, 6, 4, 6, 12]])],
+        [],
+    ),
+    "a mask and texts for a box without area": (
+        [row("annotations", 0, bbox=["2", "4", 0, 0], segmentation={"size": [16, 8], "counts": [36, 8, 40, 8, 36]})],
+        [],
+    ),
     "Label Studio": ([rows("images", file_name=lambda r: f"images/{r['file_name']}")], []),
     "a folder of Windows": ([rows("images", file_name=lambda r: f"images\\{r['file_name']}")], []),
     "Label Studio, of Windows": (
@@ -138,7 +146,7 @@ SAME = {  # what gives the clean targets, and what is said of it
     "a category twice": ([more("categories", id=5, name="ant")], []),
     "an annotation of no image": (
         [more("annotations", id=4, image_id=8, category_id=66)],
-        ["annotations of images that it does not list, skipped: 1"],
+        ["annotations of images that it does not list, skipped: 1, as image_id 8 (the first listed: 7)"],
     ),
     "an empty box": (
         [more("annotations", id=4, image_id=9, category_id=5, bbox=[1, 2, 0, 4])],
@@ -364,6 +372,25 @@ def test_no_object_at_all_is_said(tmp_path):
     assert dataset.notes == ("no object at all: there is nothing to find",) and dataset.classes == ["ant", "zebra"]
     batch = dataset.batch(torch.arange(3), torch.zeros(3, 3, 16, 16, dtype=torch.uint8))
     assert batch.metadata["boxes"].shape == (3, 0, 4) and not batch.counted[:, 1].any()
+
+
+def test_annotations_of_which_none_is_left_are_refused(tmp_path):
+    """Nothing would be trained; one that is left is enough."""
+    ids, flat = rows("annotations", image_id=lambda r: f"00{r['image_id']}"), row("annotations", 0, bbox=[0, 0, 0, 0])
+    strange = "annotations of images that it does not list, skipped: {}, as image_id {} (the first listed: 7)"
+    for changes, why in (
+        ([ids], strange.format(3, "'007'")),
+        ([rows("annotations", bbox=lambda r: [0, 0, 0, 0])], "boxes without area, skipped: 3"),
+        (
+            [flat, *(row("annotations", i, image_id=1) for i in (1, 2))],
+            f"{strange.format(2, 1)}; boxes without area, skipped: 1",
+        ),
+    ):
+        make(tmp_path, changed(*changes))
+        expected = f"{tmp_path}/annotations.json: no annotation is left ({why}); correct them, or write an empty list"
+        assert message(read, tmp_path) == expected
+    make(tmp_path, changed(flat, row("annotations", 1, image_id=1)))
+    assert [len(x) for x in read(tmp_path).boxes] == [0, 1, 0]
 
 
 @pytest.mark.parametrize("seed", range(4))
