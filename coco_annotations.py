@@ -22,10 +22,17 @@ import numpy as np
 
 from config import one_line
 from data_types import InputError
-from folders import SUFFIXES, find_images, is_visible, plain_name, refuse, same_name, upright_sizes
+from folders import SUFFIXES, find_images, folder_error, is_visible, plain_name, refuse, same_name, upright_sizes
 
 FLAGS = {None: False, 0: False, 1: True, "0": False, "1": True, "false": False, "true": True}
 FAR = 1e9  # pixels, beyond any image
+TOOLS = (  # keys of JSON that is not COCO's, or of its first row; whose it is; what makes COCO's of it
+    ({"shapes"}, "labelme", "its labelme2coco.py makes COCO's of it"),
+    ({"_via_img_metadata"}, "VIA", "export as COCO there"),
+    ({"regions"}, "VIA", "export as COCO there"),
+    ({"data", "annotations"}, "Label Studio", "export as COCO there"),
+    ({"image", "annotations"}, "CreateML", "export as COCO where it was made"),
+)
 Id = int | str
 
 
@@ -51,15 +58,31 @@ class Annotations:
 
 
 def other_format(root: str) -> str | None:
-    """Whose boxes a folder holds that are not in COCO's format: PASCAL VOC's, YOLO's, or nobody's that we know."""
+    """Whose boxes a folder holds that are not in COCO's format: PASCAL VOC's, YOLO's, or nobody's that we know. Raises
+    InputError for CVAT's XML, which nothing here reads."""
     formats = {
         "PASCAL VOC": ("[Aa]nnotations/*.xml", "[Aa]nnotations/xmls/*.xml", "*.xml"),
         "YOLO": ("labels/*.txt", "labels/*/*.txt", "*/labels/*.txt", "images/*.txt", "obj_train_data/*.txt"),
     }
-    there = (name for name, patterns in formats.items() for p in patterns if next(Path(root).glob(p), None))
-    stems = (str(path.with_suffix("")) for path in Path(root).glob("*.txt"))
-    beside = any(os.path.isfile(stem + suffix) for stem in stems for suffix in SUFFIXES)  # as LabelImg has it
-    return next(there, "YOLO" if beside else None)
+    there = ((name, x) for name, patterns in formats.items() for p in patterns for x in Path(root).glob(p))
+    name, path = next(there, (None, None))
+    if name == "PASCAL VOC" and is_cvat(path):
+        raise InputError(f"{path}: it is in CVAT's format; export as COCO 1.0 there")
+    return name or ("YOLO" if any(map(is_beside_image, Path(root).glob("*.txt"))) else None)  # as LabelImg has it
+
+
+def is_beside_image(path: str | Path) -> bool:
+    """Whether an image of the same name lies beside a text."""
+    return any(os.path.isfile(os.path.splitext(path)[0] + suffix) for suffix in SUFFIXES)
+
+
+def is_cvat(path: Path) -> bool:
+    """Whether an XML file is CVAT's, of many images; VOC's begins with <annotation>. Raises InputError."""
+    try:
+        with path.open("rb") as file:
+            return re.search(rb"<annotations[\s>]", file.read(4096)) is not None
+    except OSError as error:
+        raise folder_error(error) from None
 
 
 def find_annotations(root: str, named: str | None = None) -> tuple[str, str]:
@@ -78,6 +101,8 @@ def find_annotations(root: str, named: str | None = None) -> tuple[str, str]:
         found = [path for path in found if is_visible(name := os.path.basename(path)) and name != "notes.json"]
         if found:
             break
+    if len(found) > 1 and is_beside_image(found[0]):
+        load(found[0])  # a file for each image, as labelme's, is refused by its tool's name
     if named or len(found) > 1:
         what = f"no file {named}" if named else f"{len(found)} annotation files"
         listed = ", ".join(os.path.relpath(path, root) for path in found[:20]) or "no other"
@@ -94,6 +119,16 @@ def find_annotations(root: str, named: str | None = None) -> tuple[str, str]:
     raise InputError(f"{os.path.join(root, usual[0])}: no such file; {expected}")
 
 
+def foreign(data: Any) -> str | None:
+    """What there is to say of JSON that has none of COCO's lists: whose it is, if its keys tell. None if it has one."""
+    if isinstance(data, dict) and not data.keys().isdisjoint(("images", "annotations", "categories")):
+        return None
+    first = next(iter(data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()), None)
+    keys = {key for part in (data, first) if isinstance(part, dict) for key in part}
+    tools = (f"it is in {tool}'s format; {how}" for marks, tool, how in TOOLS if marks <= keys)
+    return next(tools, "not COCO's format, which is a mapping with lists of images, annotations and categories")
+
+
 def load(path: str) -> dict[str, list[dict]]:
     """The three lists of the file. Raises InputError."""
     try:
@@ -102,9 +137,11 @@ def load(path: str) -> dict[str, list[dict]]:
         raise InputError(f"{path}: cannot be read ({error.strerror}); change its permissions") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not whole or not JSON ({one_line(error)}); write it anew") from None
+    if problem := foreign(coco):
+        raise InputError(f"{path}: {problem}")
     lists = {}
     for section in ("images", "annotations", "categories"):
-        rows = coco.get(section) if isinstance(coco, dict) else None
+        rows = coco.get(section)
         if not isinstance(rows, list):
             raise InputError(f"{path}: it should hold a list of {section}, as COCO's format has it")
         if wrong := set(map(type, rows)) - {dict}:

@@ -14,7 +14,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from build import configure
-from coco_annotations import box_of_mask, find_annotations, read_annotations
+from coco_annotations import box_of_mask, find_annotations, other_format, read_annotations
 from data_types import InputError
 from detection_task import DetectionDataset
 
@@ -351,6 +351,37 @@ def test_a_folder_in_another_format_is_refused_with_the_command(tmp_path, file, 
     command = f"uv run tools/to_coco.py '{root}'"
     expected = f"{root}: its boxes are in {whose}'s format; make COCO's of it with: {command}"
     assert message(find_annotations, str(root)) == expected
+
+
+FOREIGN = {  # what other tools write, and what is said of it
+    "it is in labelme's format; its labelme2coco.py makes COCO's of it": {"version": "5.0", "shapes": []},
+    "it is in VIA's format; export as COCO there": {"a.jpg12": {"filename": "a.jpg", "regions": []}},
+    "it is in Label Studio's format; export as COCO there": [{"id": 1, "annotations": [], "data": {}}],
+    "it is in CreateML's format; export as COCO where it was made": [{"image": "a.jpg", "annotations": []}],
+    "not COCO's format, which is a mapping with lists of images, annotations and categories": [5],
+}
+
+
+@pytest.mark.parametrize("expected", FOREIGN)
+def test_other_tools_json_is_called_by_their_names(tmp_path, expected):
+    """Also where there is a file for each image."""
+    make(tmp_path, FOREIGN[expected])
+    assert message(read, tmp_path) == f"{tmp_path}/annotations.json: {expected}"
+    (tmp_path / "annotations.json").rename(tmp_path / "a.json")
+    (tmp_path / "b.json").touch()
+    assert "2 annotation files" in message(read, tmp_path)
+    (tmp_path / "a.jpg").touch()
+    assert message(read, tmp_path) == f"{tmp_path}/a.json: {expected}"
+
+
+def test_cvats_xml_and_vias_project_are_called_by_their_names(tmp_path):
+    (tmp_path / "project.json").write_text(json.dumps({"_via_settings": {}, "_via_img_metadata": {}}))
+    assert message(read, tmp_path).endswith("project.json: it is in VIA's format; export as COCO there")
+    (tmp_path / "project.json").unlink()
+    xml = tmp_path / "annotations.xml"
+    xml.write_text('<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n<image id="0" name="a.jpg"/></annotations>')
+    for function in (find_annotations, other_format):
+        assert message(function, str(tmp_path)) == f"{xml}: it is in CVAT's format; export as COCO 1.0 there"
 
 
 def test_an_evaluation_may_have_more_categories_that_no_box_uses(tmp_path):
