@@ -25,6 +25,7 @@ from data_types import InputError
 from folders import SUFFIXES, find_images, folder_error, is_visible, plain_name, refuse, same_name, upright_sizes
 
 FLAGS = {None: False, 0: False, 1: True, "0": False, "1": True, "false": False, "true": True}
+XML = "*.[xX][mM][lL]"
 FAR = 1e9  # pixels, beyond any image
 TOOLS = (  # keys of JSON that is not COCO's, or of its first row; whose it is; what makes COCO's of it
     ({"shapes"}, "labelme", "its labelme2coco.py makes COCO's of it"),
@@ -61,7 +62,7 @@ def other_format(root: str) -> str | None:
     """Whose boxes a folder holds that are not in COCO's format: PASCAL VOC's, YOLO's, or nobody's that we know. Raises
     InputError for CVAT's XML, which nothing here reads."""
     formats = {
-        "PASCAL VOC": ("[Aa]nnotations/*.xml", "[Aa]nnotations/xmls/*.xml", "*.xml"),
+        "PASCAL VOC": (f"[Aa]nnotations/{XML}", f"[Aa]nnotations/xmls/{XML}", XML),
         "YOLO": ("labels/*.txt", "labels/*/*.txt", "*/labels/*.txt", "images/*.txt", "obj_train_data/*.txt"),
     }
     there = ((name, x) for name, patterns in formats.items() for p in patterns for x in Path(root).glob(p))

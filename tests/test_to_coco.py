@@ -147,6 +147,20 @@ def test_voc_beside_its_images_counting_from_zero(tmp_path, capsys):
     ]
 
 
+@pytest.mark.parametrize("encoding", ["iso-8859-1", "utf-16", "utf-8-sig"])
+def test_xml_is_read_in_the_encoding_that_it_declares(tmp_path, capsys, encoding):
+    """Under a suffix in upper case, too; a bomb in it is found."""
+    write_voc(tmp_path)
+    declared = f'<?xml version="1.0" encoding="{encoding.removesuffix("-sig")}"?>'
+    for path in sorted((tmp_path / "Annotations").iterdir()):
+        path.with_suffix(".XML").write_bytes((declared + path.read_text().replace("bee", "b\u00e4r")).encode(encoding))
+        path.unlink()
+    convert(tmp_path)
+    assert DetectionDataset(str(tmp_path), 16, 4).classes == ["ant", "b\u00e4r", "cat"]
+    path.with_suffix(".XML").write_bytes((declared + BOMB).encode(encoding))
+    assert "it declares entities" in refused(capsys, to_coco.main, str(tmp_path))
+
+
 def test_vocs_image_sets_are_splits_and_its_masks_no_pictures(tmp_path):
     """ImageSets/Main has lists of each class, too. A split without an object of a class knows it nevertheless."""
     root = tmp_path / "voc"

@@ -28,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import yaml
 
-from coco_annotations import FLAGS, as_id, other_format
+from coco_annotations import FLAGS, XML, as_id, other_format
 from config import one_line
 from data_types import InputError
-from folders import SUFFIXES, find_images, refuse, same_name, upright_size
+from folders import SUFFIXES, find_images, folder_error, refuse, same_name, upright_size
 
 SPLITS = re.compile(r"(train|val|valid|test|dev|minival)\w*", re.I)
 Objects = list[tuple[int | str, float, float, float, float, bool]]  # class, x0 y0 x1 y1, difficult
@@ -66,12 +66,15 @@ def number(text: str | None) -> float:
 
 def read_xml(path: Path) -> ElementTree.Element:
     """The root of a VOC file. Raises InputError; entities, by which a small file can become huge, are refused."""
-    text = read_text(path)
-    if "<!ENTITY" in text or "<!DOCTYPE" in text:
+    try:
+        data = path.read_bytes()  # the parser knows which encoding it declares
+    except OSError as error:
+        raise folder_error(error) from None
+    if re.search(b"<!(ENTITY|DOCTYPE)", data.replace(b"\0", b"")):  # UTF-16 has zeros
         raise InputError(f"{path}: it declares entities or a document type, which VOC's format has not; remove them")
     try:
-        return ElementTree.fromstring(text)
-    except (ElementTree.ParseError, ValueError, RecursionError) as error:
+        return ElementTree.fromstring(data)
+    except (ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:
         raise InputError(f"{path}: not valid XML ({one_line(error)})") from None
 
 
@@ -94,14 +97,14 @@ def voc_objects(root: ElementTree.Element, findings: Findings) -> Objects:
 def read_voc(folder: Path, findings: Findings) -> tuple[list[str], dict[str, Record]]:
     """The classes, sorted, and stem -> record, of a folder in VOC's format."""
     files = ("Annotations", "annotations", "annotations/xmls", ".")
-    where = next(part for name in files if next((part := folder / name).glob("*.xml"), None))
+    where = next(part for name in files if next((part := folder / name).glob(XML), None))
     pictures = part if (part := folder / "JPEGImages").is_dir() else folder
     by_stem, by_name = {}, {}
     for path in find_images(str(pictures)):
         by_stem.setdefault(same_name(Path(path).stem), []).append(path)
         by_name.setdefault(same_name(Path(path).name), []).append(path)
     records: dict[str, Record] = {}
-    for path in sorted(where.glob("*.xml")):
+    for path in sorted(where.glob(XML)):
         try:
             root = read_xml(path)
             named = Path((root.findtext("filename") or "").strip().replace("\\", "/")).name
