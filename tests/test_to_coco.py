@@ -263,7 +263,11 @@ WRONG = {  # which file of which format, what it holds, and what the line says
     "yolo/data.yaml: keypoints (kpt_shape); leave": "kpt_shape: [17, 3]\nnames: [ant, bee, cat]",
     "yolo/data.yaml: names should be of the classes 0 to 2, without": "names: {0: ant, '0': bee, 1: cat}",
     "yolo: a class is named twice": "names: [ant, bee, bee]",
-    "yolo: no data.yaml or classes.txt; name the classes": "train: images",
+    "yolo: no names in a data.yaml and no classes.txt; name the classes": "train: images",
+    "yolo/data.yaml: names should be a list, one name a line, not ant, bee": "names: ant, bee",
+    "yolo/data.yaml: nc is 5, but names has 2; name every class, in order": "nc: 5\nnames: {0: ant, 1: bee}",
+    "yolo/labels/classes.txt: line 2 is empty; name its class, or": "ant\n\nbee\n",
+    "yolo/labels/one.txt: '1,0.5,0.5,0.2,0.2': a comma; put blanks": "1,0.5,0.5,0.2,0.2",
 }
 
 
@@ -272,6 +276,8 @@ def test_what_is_wrong_is_one_line(tmp_path, capsys, expected):
     file = expected.split(":")[0]
     kind = file.split("/")[0]
     (write_voc if kind == "voc" else write_yolo)(tmp_path / kind)
+    if file.endswith("classes.txt"):
+        (tmp_path / kind / "data.yaml").unlink()
     (tmp_path / (file if "/" in file else f"{file}/data.yaml")).write_text(WRONG[expected])
     assert expected in refused(capsys, to_coco.main, str(tmp_path / kind))
     assert not list(tmp_path.rglob("*.json"))
@@ -287,6 +293,16 @@ def test_labels_of_which_none_is_of_an_image_are_refused(tmp_path, capsys):
     (tmp_path / "labels" / "one.txt").rename(tmp_path / "labels" / "other.txt")
     convert(tmp_path)
     assert "label files without an image, skipped: 1" in capsys.readouterr().out
+
+
+def test_folders_that_are_none_and_home(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_yolo(tmp_path / "yolo")
+    file = tmp_path / "yolo" / "data.yaml"
+    for arguments in ([str(file)], [str(file.parent), "--out", str(file)]):
+        assert refused(capsys, to_coco.main, *arguments) == f"{file}: no folder; name one"
+    assert to_coco.main(["~/yolo", "--out", "~/coco"]) == 0
+    assert (tmp_path / "coco" / "annotations.json").is_file()
 
 
 def test_a_folder_of_no_known_format_is_refused(tmp_path, capsys):

@@ -21,6 +21,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from os.path import expanduser
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -145,7 +146,11 @@ def yolo_names(folder: Path) -> list[str]:
             names = names if isinstance(names, dict) else {}
             if "kpt_shape" in names:
                 raise InputError(f"{path}: keypoints (kpt_shape); leave the class and the box alone in each label line")
-            names = names.get("names")
+            count, names = names.get("nc"), names.get("names")
+            if names is not None and not isinstance(names, (list, dict)):
+                raise InputError(f"{path}: names should be a list, one name a line, not {one_line(names)[:40]}")
+            if names is not None and count is not None and as_id(count) != len(names):
+                raise InputError(f"{path}: nc is {count}, but names has {len(names)}; name every class, in order")
             if isinstance(names, dict):
                 by_id = {as_id(key): name for key, name in names.items()}  # 0 and "0" are one, as for Ultralytics
                 if set(by_id) != set(range(len(names))):
@@ -155,8 +160,14 @@ def yolo_names(folder: Path) -> list[str]:
                 return [str(name) for name in names]
         for name in ("classes.txt", "obj.names"):
             if (place / name).is_file():
-                return [line.strip() for line in read_text(place / name).splitlines() if line.strip()]
-    raise InputError(f"{folder}: no data.yaml or classes.txt; name the classes in classes.txt in order, one a line")
+                lines = [line.strip() for line in read_text(place / name).rstrip().splitlines()]
+                if "" in lines:
+                    which = f"{place / name}: line {lines.index('') + 1} is empty"
+                    raise InputError(f"{which}; name its class, or remove the line if the ids do not count it")
+                return lines
+    raise InputError(
+        f"{folder}: no names in a data.yaml and no classes.txt; name the classes in classes.txt in order, one a line"
+    )
 
 
 def yolo_objects(text: str, size: tuple[int, int], num_classes: int) -> Objects:
@@ -166,6 +177,8 @@ def yolo_objects(text: str, size: tuple[int, int], num_classes: int) -> Objects:
     for line in dict.fromkeys(line.strip() for line in text.splitlines()):  # a line that is there twice counts once
         if not line:
             continue
+        if "," in line:
+            raise ValueError(f"{line[:40]!r}: a comma; put blanks between the numbers, and points into them")
         label, *values = map(number, line.split())
         if label not in range(num_classes):
             raise ValueError(f"{line[:40]!r}: class {label:g}, but the classes are 0 to {num_classes - 1}")
@@ -273,6 +286,8 @@ def to_coco(classes: list[str], records: Iterable[Record], out: Path) -> dict:
 
 def convert(folder: Path, out: Path) -> None:
     """Reads `folder`, writes into `out`, and says what it wrote and left out. Raises InputError."""
+    if not folder.is_dir() or (out.exists() and not out.is_dir()):
+        raise InputError(f"{out if folder.is_dir() else folder}: no folder; name one")
     findings, kind = Findings(), other_format(str(folder))
     if kind is None:
         raise InputError(f"{folder}: neither Annotations/*.xml (PASCAL VOC) nor labels/*.txt (YOLO) is in it")
@@ -300,11 +315,12 @@ def convert(folder: Path, out: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 2 for bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="in PASCAL VOC's or YOLO's format")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the annotations are written (the folder itself)")
+    parser.add_argument("folder", type=expanduser, help="in PASCAL VOC's or YOLO's format")
+    where = "where the annotations are written (the folder itself)"
+    parser.add_argument("--out", type=expanduser, metavar="DIR", help=where)
     args = parser.parse_args(argv)
     try:
-        convert(args.folder, args.out or args.folder)
+        convert(Path(args.folder), Path(args.out or args.folder))
     except (InputError, OSError) as error:
         print(*(f"to_coco.py: {line}" for line in str(error).split("\n")), sep="\n", file=sys.stderr)
         return 2
