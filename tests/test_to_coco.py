@@ -195,16 +195,20 @@ def test_yolos_splits(tmp_path, images, labels):
 
 @pytest.mark.parametrize("start", ["", "./", "data/", "C:\\yolo\\", "/home/bob/"])
 def test_yolos_lists_are_splits(tmp_path, capsys, start):
-    """As Darknet and Ultralytics write them, of this machine or another; a label file beside is no list."""
+    """As Darknet and Ultralytics write them, of this machine or another; a label file beside is no list, and one that
+    is elsewhere is said."""
     write_yolo(tmp_path, "images/a", "labels/a", ["one"])
     write_yolo(tmp_path, "images/b", "labels/b")
     lists = {"train": "a/one b/one", "autosplit_val": "b/two b/two b/four four", "test": "a/two"}
     for name, stems in lists.items():
         lines = [f"{start}images/{stem}.jpg\n" for stem in stems.split()]
         (tmp_path / f"{name}.txt").write_text("".join(lines).replace("/", "\\" if "\\" in start else "/"))
+    (tmp_path / "data.yaml").write_text("train: ./train.txt\nval: lists/fold.txt\nnames: [ant, bee, cat]\n")
     (tmp_path / "train_7.txt").write_text("0 0.5 0.5 0.2 0.2\n")
     convert(tmp_path)
     said = capsys.readouterr().out.splitlines()
+    used = f"not used: lists are read as train.txt, val.txt … in {tmp_path}"
+    assert said.pop(0) == f"{tmp_path}/data.yaml: val is lists/fold.txt, {used}"
     of_none = "txt: lines that name no image read here, skipped:"
     assert said[0].startswith(f"{tmp_path}/autosplit_val.{of_none} 2, as {start}images")
     assert said[1].startswith(f"{tmp_path}/test.{of_none} 1, as ")
@@ -214,6 +218,13 @@ def test_yolos_lists_are_splits(tmp_path, capsys, start):
     val, train = (DetectionDataset(str(file), 16, 4).paths for file in files)
     assert val == [f"{tmp_path}/images/b/two.jpg"]
     assert train == [f"{tmp_path}/images/{stem}.jpg" for stem in ("a/one", "b/one")]
+
+
+def test_the_longest_end_of_a_path_tells_which_image_is_meant():
+    paths = {"a.png": [(("a.png", "x", "images"), 1), (("a.png", "y", "images"), 2), (("a.png",), 3)]}
+    lines = {"images/x/a.png": 1, "/z/images/y/a.png": 2, "y/a.png": 2, "z/a.png": 3, "b.png": None}
+    assert {line: to_coco.find_record(line, paths) for line in lines} == lines
+    assert to_coco.find_record("a.png", {"a.png": paths["a.png"][:2]}) is None
 
 
 def test_names_alone_in_a_list_and_lists_of_other_images(tmp_path, capsys):

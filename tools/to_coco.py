@@ -134,6 +134,12 @@ def read_voc(folder: Path, findings: Findings) -> tuple[list[str], dict[str, Rec
     return sorted({x[0] for x in every}), moved
 
 
+def is_list(path: Path) -> bool:
+    """Whether a text is a list of a split's images, not the label file of one."""
+    there = SPLITS.search(path.stem) and path.is_file()
+    return bool(there) and read_text(path).strip().lower().endswith(SUFFIXES)
+
+
 def yolo_names(folder: Path) -> list[str]:
     """The classes in order, from data.yaml or classes.txt in the folder or the one above. Raises InputError."""
     for place in (folder, folder / "labels", folder.parent):
@@ -146,6 +152,13 @@ def yolo_names(folder: Path) -> list[str]:
             names = names if isinstance(names, dict) else {}
             if "kpt_shape" in names:
                 raise InputError(f"{path}: keypoints (kpt_shape); leave the class and the box alone in each label line")
+            for key, value in names.items():
+                if (
+                    key in ("train", "val", "test")
+                    and str(value).endswith(".txt")
+                    and not is_list(folder / Path(value).name)
+                ):
+                    print(f"{path}: {key} is {value}, not used: lists are read as train.txt, val.txt … in {folder}")
             count, names = names.get("nc"), names.get("names")
             if names is not None and not isinstance(names, (list, dict)):
                 raise InputError(f"{path}: names should be a list, one name a line, not {one_line(names)[:40]}")
@@ -245,9 +258,9 @@ def splits(folder: Path, records: dict[str, Record]) -> dict[str, list[Record]]:
     """Name -> records: VOC's image sets, YOLO's lists of images, or the folders train, val … of its images; of none of
     these one without a name. Raises InputError for lists of which no line names an image."""
     parts: dict[str, list[Record]] = {}
+    listed: set[str] = set()
     sets = [p for p in sorted((folder / "ImageSets" / "Main").glob("*.txt")) if SPLITS.fullmatch(p.stem)]
-    texts = [p for p in sorted(folder.glob("*.txt")) if SPLITS.search(p.stem)]  # some are labels beside their images
-    sets = sets or [p for p in texts if read_text(p).strip().lower().endswith(SUFFIXES)]
+    sets = sets or [path for path in sorted(folder.glob("*.txt")) if is_list(path)]
     paths: dict[str, list[tuple[tuple[str, ...], str]]] = {}
     for key, (image, *_) in records.items():
         path = Path(same_name(os.path.relpath(image, folder))).parts[::-1]
@@ -259,7 +272,7 @@ def splits(folder: Path, records: dict[str, Record]) -> dict[str, list[Record]]:
         if missing := [line for line, key in keys.items() if key is None]:
             print(f"{file}: lines that name no image read here, skipped: {len(missing)}, as {missing[0]}")
         parts[file.stem] = [records[key] for key in dict.fromkeys(keys.values()) if key is not None]
-    listed = {image for part in parts.values() for image, *_ in part}
+        listed.update(key for key in keys.values() if key is not None)
     if sets and not listed:
         raise InputError(f"{sets[0]}: no line names an image read here; correct or remove the lists beside it")
     if sets and len(listed) < len(records):
