@@ -22,10 +22,18 @@ import numpy as np
 
 from config import one_line
 from data_types import InputError
-from folders import SUFFIXES, find_images, is_visible, plain_name, refuse, same_name, upright_sizes
+from folders import SUFFIXES, find_images, folder_error, is_visible, plain_name, refuse, same_name, upright_sizes
 
 FLAGS = {None: False, 0: False, 1: True, "0": False, "1": True, "false": False, "true": True}
+XML = "*.[xX][mM][lL]"
 FAR = 1e9  # pixels, beyond any image
+TOOLS = (  # keys of JSON that is not COCO's, or of its first row; whose it is; what makes COCO's of it
+    ({"shapes"}, "labelme", "its labelme2coco.py makes COCO's of it"),
+    ({"_via_img_metadata"}, "VIA", "export as COCO there"),
+    ({"regions"}, "VIA", "export as COCO there"),
+    ({"data", "annotations"}, "Label Studio", "export as COCO there"),
+    ({"image", "annotations"}, "CreateML", "export as COCO where it was made"),
+)
 Id = int | str
 
 
@@ -51,15 +59,31 @@ class Annotations:
 
 
 def other_format(root: str) -> str | None:
-    """Whose boxes a folder holds that are not in COCO's format: PASCAL VOC's, YOLO's, or nobody's that we know."""
+    """Whose boxes a folder holds that are not in COCO's format: PASCAL VOC's, YOLO's, or nobody's that we know. Raises
+    InputError for CVAT's XML, which nothing here reads."""
     formats = {
-        "PASCAL VOC": ("[Aa]nnotations/*.xml", "[Aa]nnotations/xmls/*.xml", "*.xml"),
+        "PASCAL VOC": (f"[Aa]nnotations/{XML}", f"[Aa]nnotations/xmls/{XML}", XML),
         "YOLO": ("labels/*.txt", "labels/*/*.txt", "*/labels/*.txt", "images/*.txt", "obj_train_data/*.txt"),
     }
-    there = (name for name, patterns in formats.items() for p in patterns if next(Path(root).glob(p), None))
-    stems = (str(path.with_suffix("")) for path in Path(root).glob("*.txt"))
-    beside = any(os.path.isfile(stem + suffix) for stem in stems for suffix in SUFFIXES)  # as LabelImg has it
-    return next(there, "YOLO" if beside else None)
+    there = ((name, x) for name, patterns in formats.items() for p in patterns for x in Path(root).glob(p))
+    name, path = next(there, (None, None))
+    if name == "PASCAL VOC" and is_cvat(path):
+        raise InputError(f"{path}: it is in CVAT's format; export as COCO 1.0 there")
+    return name or ("YOLO" if any(map(is_beside_image, Path(root).glob("*.txt"))) else None)  # as LabelImg has it
+
+
+def is_beside_image(path: str | Path) -> bool:
+    """Whether an image of the same name lies beside a text."""
+    return any(os.path.isfile(os.path.splitext(path)[0] + suffix) for suffix in SUFFIXES)
+
+
+def is_cvat(path: Path) -> bool:
+    """Whether an XML file is CVAT's, of many images; VOC's begins with <annotation>. Raises InputError."""
+    try:
+        with path.open("rb") as file:
+            return re.search(rb"<annotations[\s>]", file.read(4096)) is not None
+    except OSError as error:
+        raise folder_error(error) from None
 
 
 def find_annotations(root: str, named: str | None = None) -> tuple[str, str]:
@@ -78,6 +102,8 @@ def find_annotations(root: str, named: str | None = None) -> tuple[str, str]:
         found = [path for path in found if is_visible(name := os.path.basename(path)) and name != "notes.json"]
         if found:
             break
+    if len(found) > 1 and is_beside_image(found[0]):
+        load(found[0])  # a file for each image, as labelme's, is refused by its tool's name
     if named or len(found) > 1:
         what = f"no file {named}" if named else f"{len(found)} annotation files"
         listed = ", ".join(os.path.relpath(path, root) for path in found[:20]) or "no other"
@@ -94,6 +120,16 @@ def find_annotations(root: str, named: str | None = None) -> tuple[str, str]:
     raise InputError(f"{os.path.join(root, usual[0])}: no such file; {expected}")
 
 
+def foreign(data: Any) -> str | None:
+    """What there is to say of JSON that has none of COCO's lists: whose it is, if its keys tell. None if it has one."""
+    if isinstance(data, dict) and not data.keys().isdisjoint(("images", "annotations", "categories")):
+        return None
+    first = next(iter(data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()), None)
+    keys = {key for part in (data, first) if isinstance(part, dict) for key in part}
+    tools = (f"it is in {tool}'s format; {how}" for marks, tool, how in TOOLS if marks <= keys)
+    return next(tools, "not COCO's format, which is a mapping with lists of images, annotations and categories")
+
+
 def load(path: str) -> dict[str, list[dict]]:
     """The three lists of the file. Raises InputError."""
     try:
@@ -102,9 +138,11 @@ def load(path: str) -> dict[str, list[dict]]:
         raise InputError(f"{path}: cannot be read ({error.strerror}); change its permissions") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not whole or not JSON ({one_line(error)}); write it anew") from None
+    if problem := foreign(coco):
+        raise InputError(f"{path}: {problem}")
     lists = {}
     for section in ("images", "annotations", "categories"):
-        rows = coco.get(section) if isinstance(coco, dict) else None
+        rows = coco.get(section)
         if not isinstance(rows, list):
             raise InputError(f"{path}: it should hold a list of {section}, as COCO's format has it")
         if wrong := set(map(type, rows)) - {dict}:
@@ -299,7 +337,8 @@ def box_of_mask(mask: Any) -> list[float] | None:
 
 
 def read_box(row: dict) -> list[float]:
-    """x, y, width and height of one annotation. Raises ValueError, which says what is wrong."""
+    """x, y, width and height of one annotation; of its mask where there is no box, or one without area, as some tools
+    write beside polygons. Raises ValueError, which says what is wrong."""
     box = row.get("bbox")
     if box in (None, []):
         box = box_of_mask(row.get("segmentation"))
@@ -312,7 +351,7 @@ def read_box(row: dict) -> list[float]:
     if len(box) != 4 or not all(abs(x) < FAR for x in box) or min(box[2:]) < 0:
         given = shown(row.get("bbox"))
         raise ValueError(f"bbox {given} should be four finite numbers: x, y, width >= 0, height >= 0")
-    return box
+    return box if min(box[2:]) > 0 else box_of_mask(row.get("segmentation")) or box
 
 
 def read_boxes(rows: list[dict]) -> np.ndarray | None:
@@ -334,6 +373,8 @@ def read_objects(rows: list[dict], wanted: np.ndarray, findings: list[str]) -> t
     wanted [m]: the rows that are looked at."""
     boxes, flags = read_boxes(rows), [row.get("iscrowd") for row in rows]
     if boxes is not None and set(map(type, flags)) <= {int, type(None)} and set(flags) <= {None, 0, 1}:
+        for i in np.flatnonzero((boxes[:, 2:] == 0).any(1)).tolist():
+            boxes[i] = read_box(rows[i])
         return boxes, np.array([bool(flag) for flag in flags], dtype=bool)
     boxes, crowd = np.full((len(rows), 4), math.nan), np.zeros(len(rows), dtype=bool)
     for i in np.flatnonzero(wanted).tolist():
@@ -430,8 +471,9 @@ def read_annotations(root: str, named: str | None = None, skip_bad: bool = False
     folders = set(map(os.path.dirname, paths))
     if unlisted := sum(os.path.dirname(path) in folders for path in set(files.by_path.values()).difference(paths)):
         notes.append(f"image files beside those that {os.path.basename(file)} names, not read: {unlisted}")
-    if strange := sum(key not in listed for key in image_ids):
-        notes.append(f"annotations of images that it does not list, skipped: {strange}")
+    if strange := [row["image_id"] for row, key in zip(rows, image_ids) if key is not None and key not in listed]:
+        example = f"as image_id {shown(strange[0])} (the first listed: {shown(lists['images'][0].get('id'))})"
+        notes.append(f"annotations of images that it does not list, skipped: {len(strange)}, {example}")
     place, number = {key: i for i, key in enumerate(images)}, {key: i for i, key in enumerate(categories)}
     image = np.array([place.get(key, -1) for key in image_ids], dtype=np.int64)
     category = np.array([number.get(key, -1) for key in category_ids], dtype=np.int64)
@@ -452,4 +494,7 @@ def read_annotations(root: str, named: str | None = None, skip_bad: bool = False
     boxes, real = fit_boxes(boxes[kept], of_each, lambda i: name_of(rows, kept[i]), findings, notes)
     refuse([f"{file}: {finding}" for finding in findings] + wrong_files)
     kept, boxes = kept[real], boxes[real]
+    if rows and len(strange) + (~real).sum() == len(rows):
+        why = "; ".join(note for note in notes if ", skipped: " in note)
+        raise InputError(f"{file}: no annotation is left ({why}); correct them, or write an empty list")
     return Annotations(file, root, paths, sizes, categories, image[kept], category[kept], boxes, crowd[kept], notes)

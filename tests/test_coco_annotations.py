@@ -14,7 +14,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from build import configure
-from coco_annotations import box_of_mask, find_annotations, read_annotations
+from coco_annotations import box_of_mask, find_annotations, other_format, read_annotations
 from data_types import InputError
 from detection_task import DetectionDataset
 
@@ -117,6 +117,14 @@ SAME = {  # what gives the clean targets, and what is said of it
     "boxes as texts": ([rows("annotations", bbox=lambda r: [str(x) for x in r["bbox"]])], []),
     "polygons alone": ([rows("annotations", segmentation=as_polygon), drop("annotations", "bbox")], []),
     "a polygon and an empty box": ([row("annotations", 0, bbox=[], segmentation=[[2, 4], [6, 4], [6, 12]])], []),
+    "a polygon and a box without area": (
+        [row("annotations", 0, bbox=[0, 0, 0, 0], segmentation=[[2, 4, 6, 4, 6, 12]])],
+        [],
+    ),
+    "a mask and texts for a box without area": (
+        [row("annotations", 0, bbox=["2", "4", 0, 0], segmentation={"size": [16, 8], "counts": [36, 8, 40, 8, 36]})],
+        [],
+    ),
     "Label Studio": ([rows("images", file_name=lambda r: f"images/{r['file_name']}")], []),
     "a folder of Windows": ([rows("images", file_name=lambda r: f"images\\{r['file_name']}")], []),
     "Label Studio, of Windows": (
@@ -138,7 +146,7 @@ SAME = {  # what gives the clean targets, and what is said of it
     "a category twice": ([more("categories", id=5, name="ant")], []),
     "an annotation of no image": (
         [more("annotations", id=4, image_id=8, category_id=66)],
-        ["annotations of images that it does not list, skipped: 1"],
+        ["annotations of images that it does not list, skipped: 1, as image_id 8 (the first listed: 7)"],
     ),
     "an empty box": (
         [more("annotations", id=4, image_id=9, category_id=5, bbox=[1, 2, 0, 4])],
@@ -345,6 +353,37 @@ def test_a_folder_in_another_format_is_refused_with_the_command(tmp_path, file, 
     assert message(find_annotations, str(root)) == expected
 
 
+FOREIGN = {  # what other tools write, and what is said of it
+    "it is in labelme's format; its labelme2coco.py makes COCO's of it": {"version": "5.0", "shapes": []},
+    "it is in VIA's format; export as COCO there": {"a.jpg12": {"filename": "a.jpg", "regions": []}},
+    "it is in Label Studio's format; export as COCO there": [{"id": 1, "annotations": [], "data": {}}],
+    "it is in CreateML's format; export as COCO where it was made": [{"image": "a.jpg", "annotations": []}],
+    "not COCO's format, which is a mapping with lists of images, annotations and categories": [5],
+}
+
+
+@pytest.mark.parametrize("expected", FOREIGN)
+def test_other_tools_json_is_called_by_their_names(tmp_path, expected):
+    """Also where there is a file for each image."""
+    make(tmp_path, FOREIGN[expected])
+    assert message(read, tmp_path) == f"{tmp_path}/annotations.json: {expected}"
+    (tmp_path / "annotations.json").rename(tmp_path / "a.json")
+    (tmp_path / "b.json").touch()
+    assert "2 annotation files" in message(read, tmp_path)
+    (tmp_path / "a.jpg").touch()
+    assert message(read, tmp_path) == f"{tmp_path}/a.json: {expected}"
+
+
+def test_cvats_xml_and_vias_project_are_called_by_their_names(tmp_path):
+    (tmp_path / "project.json").write_text(json.dumps({"_via_settings": {}, "_via_img_metadata": {}}))
+    assert message(read, tmp_path).endswith("project.json: it is in VIA's format; export as COCO there")
+    (tmp_path / "project.json").unlink()
+    xml = tmp_path / "annotations.xml"
+    xml.write_text('<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n<image id="0" name="a.jpg"/></annotations>')
+    for function in (find_annotations, other_format):
+        assert message(function, str(tmp_path)) == f"{xml}: it is in CVAT's format; export as COCO 1.0 there"
+
+
 def test_an_evaluation_may_have_more_categories_that_no_box_uses(tmp_path):
     make(tmp_path, changed(more("categories", id=1, name="unicorn")))
     assert is_clean(read(tmp_path, ["ant", "zebra"]))
@@ -364,6 +403,25 @@ def test_no_object_at_all_is_said(tmp_path):
     assert dataset.notes == ("no object at all: there is nothing to find",) and dataset.classes == ["ant", "zebra"]
     batch = dataset.batch(torch.arange(3), torch.zeros(3, 3, 16, 16, dtype=torch.uint8))
     assert batch.metadata["boxes"].shape == (3, 0, 4) and not batch.counted[:, 1].any()
+
+
+def test_annotations_of_which_none_is_left_are_refused(tmp_path):
+    """Nothing would be trained; one that is left is enough."""
+    ids, flat = rows("annotations", image_id=lambda r: f"00{r['image_id']}"), row("annotations", 0, bbox=[0, 0, 0, 0])
+    strange = "annotations of images that it does not list, skipped: {}, as image_id {} (the first listed: 7)"
+    for changes, why in (
+        ([ids], strange.format(3, "'007'")),
+        ([rows("annotations", bbox=lambda r: [0, 0, 0, 0])], "boxes without area, skipped: 3"),
+        (
+            [flat, *(row("annotations", i, image_id=1) for i in (1, 2))],
+            f"{strange.format(2, 1)}; boxes without area, skipped: 1",
+        ),
+    ):
+        make(tmp_path, changed(*changes))
+        expected = f"{tmp_path}/annotations.json: no annotation is left ({why}); correct them, or write an empty list"
+        assert message(read, tmp_path) == expected
+    make(tmp_path, changed(flat, row("annotations", 1, image_id=1)))
+    assert [len(x) for x in read(tmp_path).boxes] == [0, 1, 0]
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -147,6 +147,20 @@ def test_voc_beside_its_images_counting_from_zero(tmp_path, capsys):
     ]
 
 
+@pytest.mark.parametrize("encoding", ["iso-8859-1", "utf-16", "utf-8-sig"])
+def test_xml_is_read_in_the_encoding_that_it_declares(tmp_path, capsys, encoding):
+    """Under a suffix in upper case, too; a bomb in it is found."""
+    write_voc(tmp_path)
+    declared = f'<?xml version="1.0" encoding="{encoding.removesuffix("-sig")}"?>'
+    for path in sorted((tmp_path / "Annotations").iterdir()):
+        path.with_suffix(".XML").write_bytes((declared + path.read_text().replace("bee", "b\u00e4r")).encode(encoding))
+        path.unlink()
+    convert(tmp_path)
+    assert DetectionDataset(str(tmp_path), 16, 4).classes == ["ant", "b\u00e4r", "cat"]
+    path.with_suffix(".XML").write_bytes((declared + BOMB).encode(encoding))
+    assert "it declares entities" in refused(capsys, to_coco.main, str(tmp_path))
+
+
 def test_vocs_image_sets_are_splits_and_its_masks_no_pictures(tmp_path):
     """ImageSets/Main has lists of each class, too. A split without an object of a class knows it nevertheless."""
     root = tmp_path / "voc"
@@ -177,6 +191,54 @@ def test_yolos_splits(tmp_path, images, labels):
     if labels == "{}/labels":  # one split by itself; its data.yaml is above it
         convert(root / "train")
         assert DetectionDataset(str(root / "train"), 16, 4).labels[0].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("start", ["", "./", "data/", "C:\\yolo\\", "/home/bob/"])
+def test_yolos_lists_are_splits(tmp_path, capsys, start):
+    """As Darknet and Ultralytics write them, of this machine or another; a label file beside is no list, and one that
+    is elsewhere is said."""
+    write_yolo(tmp_path, "images/a", "labels/a", ["one"])
+    write_yolo(tmp_path, "images/b", "labels/b")
+    lists = {"train": "a/one b/one", "autosplit_val": "b/two b/two b/four four", "test": "a/two"}
+    for name, stems in lists.items():
+        lines = [f"{start}images/{stem}.jpg\n" for stem in stems.split()]
+        (tmp_path / f"{name}.txt").write_text("".join(lines).replace("/", "\\" if "\\" in start else "/"))
+    (tmp_path / "data.yaml").write_text("train: ./train.txt\nval: lists/fold.txt\nnames: [ant, bee, cat]\n")
+    (tmp_path / "train_7.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    convert(tmp_path)
+    said = capsys.readouterr().out.splitlines()
+    used = f"not used: lists are read as train.txt, val.txt … in {tmp_path}"
+    assert said.pop(0) == f"{tmp_path}/data.yaml: val is lists/fold.txt, {used}"
+    of_none = "txt: lines that name no image read here, skipped:"
+    assert said[0].startswith(f"{tmp_path}/autosplit_val.{of_none} 2, as {start}images")
+    assert said[1].startswith(f"{tmp_path}/test.{of_none} 1, as ")
+    assert said[2] == f"{tmp_path}: images in no list, left out: 1"
+    files = sorted((tmp_path / "annotations").iterdir())
+    assert [file.name for file in files] == ["instances_autosplit_val.json", "instances_train.json"]
+    val, train = (DetectionDataset(str(file), 16, 4).paths for file in files)
+    assert val == [f"{tmp_path}/images/b/two.jpg"]
+    assert train == [f"{tmp_path}/images/{stem}.jpg" for stem in ("a/one", "b/one")]
+
+
+def test_the_longest_end_of_a_path_tells_which_image_is_meant():
+    paths = {"a.png": [(("a.png", "x", "images"), 1), (("a.png", "y", "images"), 2), (("a.png",), 3)]}
+    lines = {"images/x/a.png": 1, "/z/images/y/a.png": 2, "y/a.png": 2, "z/a.png": 3, "b.png": None}
+    assert {line: to_coco.find_record(line, paths) for line in lines} == lines
+    assert to_coco.find_record("a.png", {"a.png": paths["a.png"][:2]}) is None
+
+
+def test_names_alone_in_a_list_and_lists_of_other_images(tmp_path, capsys):
+    """A name is enough if only one image has it. VOC's own lists come first."""
+    write_voc(tmp_path)
+    (tmp_path / "train.txt").write_text("two.jpg\nJPEGImages/one.jpg\n")
+    convert(tmp_path, "--out", str(tmp_path / "coco"))
+    train = DetectionDataset(f"{tmp_path}/coco/annotations/instances_train.json", 16, 4)
+    assert [Path(path).stem for path in train.paths] == ["two", "one"]
+    sets = tmp_path / "ImageSets" / "Main"
+    sets.mkdir(parents=True)
+    (sets / "val.txt").write_text("four\n")
+    expected = f"{sets}/val.txt: no line names an image read here; correct or remove the lists beside it"
+    assert refused(capsys, to_coco.main, str(tmp_path)) == expected
 
 
 @pytest.mark.parametrize("file", ["labels/classes.txt", "classes.txt", "data.yaml", "my.yml"])
@@ -212,7 +274,11 @@ WRONG = {  # which file of which format, what it holds, and what the line says
     "yolo/data.yaml: keypoints (kpt_shape); leave": "kpt_shape: [17, 3]\nnames: [ant, bee, cat]",
     "yolo/data.yaml: names should be of the classes 0 to 2, without": "names: {0: ant, '0': bee, 1: cat}",
     "yolo: a class is named twice": "names: [ant, bee, bee]",
-    "yolo: no data.yaml or classes.txt; name the classes": "train: images",
+    "yolo: no names in a data.yaml and no classes.txt; name the classes": "train: images",
+    "yolo/data.yaml: names should be a list, one name a line, not ant, bee": "names: ant, bee",
+    "yolo/data.yaml: nc is 5, but names has 2; name every class, in order": "nc: 5\nnames: {0: ant, 1: bee}",
+    "yolo/labels/classes.txt: line 2 is empty; name its class, or": "ant\n\nbee\n",
+    "yolo/labels/one.txt: '1,0.5,0.5,0.2,0.2': a comma; put blanks": "1,0.5,0.5,0.2,0.2",
 }
 
 
@@ -221,6 +287,8 @@ def test_what_is_wrong_is_one_line(tmp_path, capsys, expected):
     file = expected.split(":")[0]
     kind = file.split("/")[0]
     (write_voc if kind == "voc" else write_yolo)(tmp_path / kind)
+    if file.endswith("classes.txt"):
+        (tmp_path / kind / "data.yaml").unlink()
     (tmp_path / (file if "/" in file else f"{file}/data.yaml")).write_text(WRONG[expected])
     assert expected in refused(capsys, to_coco.main, str(tmp_path / kind))
     assert not list(tmp_path.rglob("*.json"))
@@ -236,6 +304,16 @@ def test_labels_of_which_none_is_of_an_image_are_refused(tmp_path, capsys):
     (tmp_path / "labels" / "one.txt").rename(tmp_path / "labels" / "other.txt")
     convert(tmp_path)
     assert "label files without an image, skipped: 1" in capsys.readouterr().out
+
+
+def test_folders_that_are_none_and_home(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_yolo(tmp_path / "yolo")
+    file = tmp_path / "yolo" / "data.yaml"
+    for arguments in ([str(file)], [str(file.parent), "--out", str(file)]):
+        assert refused(capsys, to_coco.main, *arguments) == f"{file}: no folder; name one"
+    assert to_coco.main(["~/yolo", "--out", "~/coco"]) == 0
+    assert (tmp_path / "coco" / "annotations.json").is_file()
 
 
 def test_a_folder_of_no_known_format_is_refused(tmp_path, capsys):

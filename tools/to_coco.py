@@ -3,8 +3,8 @@
     uv run tools/to_coco.py photos                    # writes photos/annotations.json; then data.train_dir=photos
     uv run tools/to_coco.py photos --out coco         # writes into another folder
 
-A folder with splits (VOC's ImageSets/Main/train.txt, YOLO's images/train or train/images) gets a file for each,
-annotations/instances_train.json and so on, which data.train_dir and data.eval_dir name instead of a folder.
+A folder with splits (VOC's ImageSets/Main/train.txt, YOLO's train.txt, images/train or train/images) gets a file for
+each, annotations/instances_train.json and so on, which data.train_dir and data.eval_dir name instead of a folder.
 
 VOC: Annotations/*.xml (or annotations/, annotations/xmls/) with JPEGImages/ or images/, or both together. Coordinates
 count from 1, as VOC's own do, so 1 is subtracted from xmin and ymin, as detectron2 does; unless one in the folder is 0.
@@ -21,6 +21,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from os.path import expanduser
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -28,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import yaml
 
-from coco_annotations import FLAGS, as_id, other_format
+from coco_annotations import FLAGS, XML, as_id, other_format
 from config import one_line
 from data_types import InputError
-from folders import find_images, refuse, same_name, upright_size
+from folders import SUFFIXES, find_images, folder_error, refuse, same_name, upright_size
 
 SPLITS = re.compile(r"(train|val|valid|test|dev|minival)\w*", re.I)
 Objects = list[tuple[int | str, float, float, float, float, bool]]  # class, x0 y0 x1 y1, difficult
@@ -66,12 +67,15 @@ def number(text: str | None) -> float:
 
 def read_xml(path: Path) -> ElementTree.Element:
     """The root of a VOC file. Raises InputError; entities, by which a small file can become huge, are refused."""
-    text = read_text(path)
-    if "<!ENTITY" in text or "<!DOCTYPE" in text:
+    try:
+        data = path.read_bytes()  # the parser knows which encoding it declares
+    except OSError as error:
+        raise folder_error(error) from None
+    if re.search(b"<!(ENTITY|DOCTYPE)", data.replace(b"\0", b"")):  # UTF-16 has zeros
         raise InputError(f"{path}: it declares entities or a document type, which VOC's format has not; remove them")
     try:
-        return ElementTree.fromstring(text)
-    except (ElementTree.ParseError, ValueError, RecursionError) as error:
+        return ElementTree.fromstring(data)
+    except (ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:
         raise InputError(f"{path}: not valid XML ({one_line(error)})") from None
 
 
@@ -94,14 +98,14 @@ def voc_objects(root: ElementTree.Element, findings: Findings) -> Objects:
 def read_voc(folder: Path, findings: Findings) -> tuple[list[str], dict[str, Record]]:
     """The classes, sorted, and stem -> record, of a folder in VOC's format."""
     files = ("Annotations", "annotations", "annotations/xmls", ".")
-    where = next(part for name in files if next((part := folder / name).glob("*.xml"), None))
+    where = next(part for name in files if next((part := folder / name).glob(XML), None))
     pictures = part if (part := folder / "JPEGImages").is_dir() else folder
     by_stem, by_name = {}, {}
     for path in find_images(str(pictures)):
         by_stem.setdefault(same_name(Path(path).stem), []).append(path)
         by_name.setdefault(same_name(Path(path).name), []).append(path)
     records: dict[str, Record] = {}
-    for path in sorted(where.glob("*.xml")):
+    for path in sorted(where.glob(XML)):
         try:
             root = read_xml(path)
             named = Path((root.findtext("filename") or "").strip().replace("\\", "/")).name
@@ -130,6 +134,12 @@ def read_voc(folder: Path, findings: Findings) -> tuple[list[str], dict[str, Rec
     return sorted({x[0] for x in every}), moved
 
 
+def is_list(path: Path) -> bool:
+    """Whether a text is a list of a split's images, not the label file of one."""
+    there = SPLITS.search(path.stem) and path.is_file()
+    return bool(there) and read_text(path).strip().lower().endswith(SUFFIXES)
+
+
 def yolo_names(folder: Path) -> list[str]:
     """The classes in order, from data.yaml or classes.txt in the folder or the one above. Raises InputError."""
     for place in (folder, folder / "labels", folder.parent):
@@ -142,7 +152,18 @@ def yolo_names(folder: Path) -> list[str]:
             names = names if isinstance(names, dict) else {}
             if "kpt_shape" in names:
                 raise InputError(f"{path}: keypoints (kpt_shape); leave the class and the box alone in each label line")
-            names = names.get("names")
+            for key, value in names.items():
+                if (
+                    key in ("train", "val", "test")
+                    and str(value).endswith(".txt")
+                    and not is_list(folder / Path(value).name)
+                ):
+                    print(f"{path}: {key} is {value}, not used: lists are read as train.txt, val.txt … in {folder}")
+            count, names = names.get("nc"), names.get("names")
+            if names is not None and not isinstance(names, (list, dict)):
+                raise InputError(f"{path}: names should be a list, one name a line, not {one_line(names)[:40]}")
+            if names is not None and count is not None and as_id(count) != len(names):
+                raise InputError(f"{path}: nc is {count}, but names has {len(names)}; name every class, in order")
             if isinstance(names, dict):
                 by_id = {as_id(key): name for key, name in names.items()}  # 0 and "0" are one, as for Ultralytics
                 if set(by_id) != set(range(len(names))):
@@ -152,8 +173,14 @@ def yolo_names(folder: Path) -> list[str]:
                 return [str(name) for name in names]
         for name in ("classes.txt", "obj.names"):
             if (place / name).is_file():
-                return [line.strip() for line in read_text(place / name).splitlines() if line.strip()]
-    raise InputError(f"{folder}: no data.yaml or classes.txt; name the classes in classes.txt in order, one a line")
+                lines = [line.strip() for line in read_text(place / name).rstrip().splitlines()]
+                if "" in lines:
+                    which = f"{place / name}: line {lines.index('') + 1} is empty"
+                    raise InputError(f"{which}; name its class, or remove the line if the ids do not count it")
+                return lines
+    raise InputError(
+        f"{folder}: no names in a data.yaml and no classes.txt; name the classes in classes.txt in order, one a line"
+    )
 
 
 def yolo_objects(text: str, size: tuple[int, int], num_classes: int) -> Objects:
@@ -163,6 +190,8 @@ def yolo_objects(text: str, size: tuple[int, int], num_classes: int) -> Objects:
     for line in dict.fromkeys(line.strip() for line in text.splitlines()):  # a line that is there twice counts once
         if not line:
             continue
+        if "," in line:
+            raise ValueError(f"{line[:40]!r}: a comma; put blanks between the numbers, and points into them")
         label, *values = map(number, line.split())
         if label not in range(num_classes):
             raise ValueError(f"{line[:40]!r}: class {label:g}, but the classes are 0 to {num_classes - 1}")
@@ -214,15 +243,40 @@ def read_yolo(folder: Path, findings: Findings) -> tuple[list[str], dict[str, Re
     return names, records
 
 
+def find_record(line: str, paths: dict[str, list[tuple[tuple[str, ...], str]]]) -> str | None:
+    """The key of the image that a line of a list means: its path may begin elsewhere, or further down. None if that is
+    no image, or one of several. paths: file name -> the parts of each image's path, from the last on, and its key."""
+    parts, ends = Path(same_name(line).replace("\\", "/")).parts[::-1], {}
+    for path, key in paths.get(parts[0], ()):
+        if (same := len(os.path.commonprefix((parts, path)))) == min(len(parts), len(path)):
+            ends.setdefault(same, []).append(key)
+    found = ends[max(ends)] if ends else []
+    return found[0] if len(found) == 1 else None
+
+
 def splits(folder: Path, records: dict[str, Record]) -> dict[str, list[Record]]:
-    """Name -> records: VOC's image sets, or the folders train, val … of YOLO's; of neither one without a name."""
+    """Name -> records: VOC's image sets, YOLO's lists of images, or the folders train, val … of its images; of none of
+    these one without a name. Raises InputError for lists of which no line names an image."""
     parts: dict[str, list[Record]] = {}
+    listed: set[str] = set()
     sets = [p for p in sorted((folder / "ImageSets" / "Main").glob("*.txt")) if SPLITS.fullmatch(p.stem)]
-    for path in sets:
-        stems = [line.split()[0] for line in read_text(path).splitlines() if line.strip()]
-        if missing := [stem for stem in stems if stem not in records]:
-            print(f"{path}: images without annotations, skipped: {len(missing)}")
-        parts[path.stem] = [records[stem] for stem in stems if stem in records]
+    sets = sets or [path for path in sorted(folder.glob("*.txt")) if is_list(path)]
+    paths: dict[str, list[tuple[tuple[str, ...], str]]] = {}
+    for key, (image, *_) in records.items():
+        path = Path(same_name(os.path.relpath(image, folder))).parts[::-1]
+        paths.setdefault(path[0], []).append((path, key))
+    for file in sets:
+        lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+        stems = {line: line.split()[0] for line in lines}  # VOC's, maybe before a flag
+        keys = {line: stem if stem in records else find_record(line, paths) for line, stem in stems.items()}
+        if missing := [line for line, key in keys.items() if key is None]:
+            print(f"{file}: lines that name no image read here, skipped: {len(missing)}, as {missing[0]}")
+        parts[file.stem] = [records[key] for key in dict.fromkeys(keys.values()) if key is not None]
+        listed.update(key for key in keys.values() if key is not None)
+    if sets and not listed:
+        raise InputError(f"{sets[0]}: no line names an image read here; correct or remove the lists beside it")
+    if sets and len(listed) < len(records):
+        print(f"{folder}: images in no list, left out: {len(records) - len(listed)}")
     for key, record in records.items() if not sets else ():
         above = [part for part in Path(key).parts[:-1] if SPLITS.fullmatch(part)]
         parts.setdefault(above[0] if above else "", []).append(record)
@@ -245,6 +299,8 @@ def to_coco(classes: list[str], records: Iterable[Record], out: Path) -> dict:
 
 def convert(folder: Path, out: Path) -> None:
     """Reads `folder`, writes into `out`, and says what it wrote and left out. Raises InputError."""
+    if not folder.is_dir() or (out.exists() and not out.is_dir()):
+        raise InputError(f"{out if folder.is_dir() else folder}: no folder; name one")
     findings, kind = Findings(), other_format(str(folder))
     if kind is None:
         raise InputError(f"{folder}: neither Annotations/*.xml (PASCAL VOC) nor labels/*.txt (YOLO) is in it")
@@ -272,11 +328,12 @@ def convert(folder: Path, out: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 2 for bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="in PASCAL VOC's or YOLO's format")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the annotations are written (the folder itself)")
+    parser.add_argument("folder", type=expanduser, help="in PASCAL VOC's or YOLO's format")
+    where = "where the annotations are written (the folder itself)"
+    parser.add_argument("--out", type=expanduser, metavar="DIR", help=where)
     args = parser.parse_args(argv)
     try:
-        convert(args.folder, args.out or args.folder)
+        convert(Path(args.folder), Path(args.out or args.folder))
     except (InputError, OSError) as error:
         print(*(f"to_coco.py: {line}" for line in str(error).split("\n")), sep="\n", file=sys.stderr)
         return 2
