@@ -164,7 +164,7 @@ def test_the_quick_start_learns(folder, objective, bound):
         ("segmentation", "mean_iou", [], 0.7),
         ("segmentation", "mean_iou", ["rollout.reward=mask_iou_credit", "training.best=null"], 0.7),
         ("segmentation", "mean_iou", ["rollout.reward=pixel_reward", "training.best=eval/reward"], 0.65),
-        ("detection", "ap50", ["detection.supervised_loss=log_prob"], 0.25),
+        ("detection", "ap50", ["detection.supervised_loss=log_prob", "training.learning_rate=8e-3"], 0.25),
         ("detection", "ap50", ["rollout.reward=detection_reward", "rollout.actions_per_sample=16", NO_LABEL], 0.25),
     ],
 )
