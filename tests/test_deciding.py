@@ -144,9 +144,10 @@ def test_what_cannot_be_decided_is_said_in_one_line():
     for reward in (plain, lambda a, o, y, m: 1.0):
         text = message(deciding.Decider(Task({}), {"r": (reward, 1.0)}), torch.zeros(1, 2, 4, 3), {})
         assert text.startswith("rollout.reward: r does not judge each element by itself; decide by a score of the")
-    nothing = deciding.Decider(Task({}), {"r": (lambda a, o, y, m: torch.full(a.shape, torch.nan), 1.0)})
-    text = message(nothing, torch.zeros(1, 2, 4, 3), {})
-    assert text == "rollout.reward: r: NaN or infinity cannot be decided by"
+    for value in (torch.nan, torch.inf):  # of one of the choices
+        reward = lambda a, o, y, m, value=value: torch.where(a == 1, value, 0.0)  # noqa: E731
+        text = message(deciding.Decider(Task({}), {"r": (reward, 1.0)}), torch.zeros(1, 2, 3), {})
+        assert text == "rollout.reward: r: NaN or infinity cannot be decided by"
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from data_types import InputError
-from folders import SUFFIXES, class_notes, find_classes, find_images, not_read_note, refuse, upright_size
+from folders import SUFFIXES, check_headers, class_notes, find_classes, find_images, not_read_note, refuse, upright_size
 from images import decode_image
 
 
@@ -139,6 +139,13 @@ def test_folders_made_for_something_else_are_no_classes(tmp_path, names, expecte
         classes = find_classes(str(tmp_path))
         [note] = class_notes(str(tmp_path), classes)
         assert len(classes) == 4 and note == "train, val are taken for classes, though they are called like splits"
+
+
+def test_headers_of_too_many_images_are_left_to_who_decodes_them(tmp_path, monkeypatch):
+    paths = [touch(tmp_path / "a.png")]
+    assert message(check_headers, paths).startswith(f"{paths[0]}: not a readable image (")
+    monkeypatch.setattr("folders.MOST_HEADERS", 0)
+    check_headers(paths)
 
 
 def test_splits_in_a_class_folder_are_said(tmp_path):

@@ -19,7 +19,7 @@ from sklearn.metrics import f1_score, fbeta_score
 
 import predict
 import train
-from build import configure, load_task
+from build import configure, load_task, open_set
 from checkpoint import load_checkpoint
 from images import Loading, _BatchDecoder, stream_batches
 from vision_task import Classification, Task
@@ -35,6 +35,35 @@ def folder(tmp_path, monkeypatch) -> Path:
     (tmp_path / "bright.py").write_text(BRIGHT)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+RAW = """
+import torch
+from images import ImageDataset
+from vision_task import Task
+
+class Raw(ImageDataset):
+    def __init__(self, root):
+        self.root, self.image_size, self.classes, self.paths = root, 8, ["a", "b"], ["x.raw"]
+    {}
+
+class RawTask(Task):
+    rewards, metrics = {{"r": lambda actions, *_: actions.float()}}, lambda *_: {{}}
+    def open(self, root, classes=None):
+        return Raw(root)
+"""
+
+
+@pytest.mark.parametrize("how", ["item", "__getitem__", "size"])
+def test_files_that_a_data_set_reads_by_itself_need_no_image_header(folder, how):
+    """They may be of any format; those that are decoded for it are looked at."""
+    Path("x.raw").write_text("numbers")
+    Path("raw.py").write_text(RAW.format(f"{how} = lambda *_: torch.zeros(3, 8, 8)"))
+    task = configure(("raw.yaml", {"task": "raw.py"}))[1]
+    if how == "size":
+        assert message(open_set, task, ".").startswith("x.raw: not a readable image (")
+    else:
+        assert open_set(task, ".").paths == ["x.raw"]
 
 
 def run(*arguments: str) -> int:
