@@ -32,7 +32,7 @@ from set_credit import THRESHOLDS, set_values
 from vision_task import Task
 
 BOX_PIXELS = 192  # side of a picture with boxes
-SHOWN_SCORE = 0.5  # of boxes in words and pictures; --json has all from detection.score_threshold on
+SHOWN_SCORE = 0.5  # from which on a detection counts for F1 where no threshold is fitted
 MOST_COUNTED = 5000  # images whose patches are counted before a run
 MAX_LOG_SIZE = math.log(1000.0)  # patches; beyond lies overflow, not a box
 
@@ -378,9 +378,10 @@ def match_sets(actions: Tensor, probs: Tensor, metadata: dict, iou_threshold: fl
 
 def decode(probs: Tensor, raw: Tensor, config: dict, content: Tensor | None = None) -> list[dict[str, Tensor]]:
     """Detections of each image, best first: {"boxes": [n, 4] x0 y0 x1 y1 in pixels of the input, "scores": [n],
-    "labels": [n]}. probs: [B, P, K + 1]; raw: boxes [B, P, 4]; content: the rectangles that the images fill of the
-    input, at which boxes are cut, [B, 4]; None: the whole; on the CPU. Every class of a patch whose probability is
-    at least detection.score_threshold is a candidate; then class-wise NMS at detection.nms_iou."""
+    "labels": [n], "likely": [n], whether it is its patch's most likely choice, background included}. probs:
+    [B, P, K + 1]; raw: boxes [B, P, 4]; content: the rectangles that the images fill of the input, at which boxes are
+    cut, [B, 4]; None: the whole; on the CPU. Every class of a patch whose probability is at least
+    detection.score_threshold is a candidate; then class-wise NMS at detection.nms_iou."""
     frame, patch_size = Frame.from_config(config), config["model"]["patch_size"]
     content = torch.tensor([frame.bounds], dtype=raw.dtype) if content is None else content
     low, high = content[:, None, [0, 1, 0, 1]], content[:, None, [2, 3, 2, 3]]
@@ -393,11 +394,13 @@ def decode(probs: Tensor, raw: Tensor, config: dict, content: Tensor | None = No
     order = order[:, : int(candidate.sum(1).max())]
     scores, candidate = scores.gather(1, order), candidate.gather(1, order)
     labels = torch.where(candidate, order % num_classes, -1)
+    likely = labels == probs.argmax(-1).gather(1, order // num_classes)
     patch = (order // num_classes)[..., None].expand(-1, -1, 4)
     boxes = decode_boxes(raw, patch_size, frame.width // patch_size)
     boxes = torch.minimum(torch.maximum(boxes, low), high).gather(1, patch)
     kept = nms(boxes, labels, config["detection"]["nms_iou"])
-    return [{"boxes": b[k], "scores": s[k], "labels": c[k]} for b, s, c, k in zip(boxes, scores, labels, kept)]
+    columns = {"boxes": boxes, "scores": scores, "labels": labels, "likely": likely}
+    return [{name: x[i][kept[i]] for name, x in columns.items()} for i in range(len(kept))]
 
 
 def draw_boxes(picture: Image.Image, boxes: Tensor, names: list[str]) -> Image.Image:
@@ -476,7 +479,7 @@ class BoxEvaluation(DenseEvaluation):
         truths, found = self.truths[-len(batch) :], self.detections[1][-len(batch) :]
 
         def draw_parts(i: int) -> list[Tensor]:
-            sure = {name: x[found[i]["scores"] >= SHOWN_SCORE] for name, x in found[i].items()}
+            sure = {name: x[found[i]["likely"]] for name, x in found[i].items()}
             return [self.draw_objects(batch.inputs[i], objects) for objects in (truths[i], sure)]
 
         grid = -1, batch.metadata["columns"]
@@ -623,18 +626,19 @@ class Detection(Task):
         inside = in_content(content, patch_size, raw.shape[1], frame.width // patch_size)[0]
         found = decode(probs, raw, self.config, content)[0]
         in_file = to_file(found["boxes"].double(), torch.tensor(placement.affine(), dtype=torch.float64))
+        columns = found["labels"].tolist(), found["scores"].tolist(), found["likely"].tolist(), in_file.tolist()
         boxes = [
-            {"class": classes[label], "score": score, "box": box}
-            for label, score, box in zip(found["labels"].tolist(), found["scores"].tolist(), in_file.tolist())
+            {"class": classes[label], "score": score, "most_likely": likely, "box": box}
+            for label, score, likely, box in zip(*columns)
         ]
         if self.thresholds is not None:
             boxes = [box for box in boxes if box["score"] >= self.thresholds.get(box["class"], SHOWN_SCORE)]
         return {"boxes": boxes} | self.uncertainty(outputs[:, inside]), size[0]
 
     def shown(self, record: dict) -> list[dict]:
-        """The boxes for words and pictures: those that were decided on, or of a score of at least 0.5."""
+        """The boxes for words and pictures: those that were decided on, or are their patch's most likely choice."""
         decided = self.thresholds is not None
-        return [box for box in record["boxes"] if decided or box["score"] >= SHOWN_SCORE]
+        return [box for box in record["boxes"] if decided or box["most_likely"]]
 
     def in_words(self, record: dict) -> str:
         shown = self.shown(record)

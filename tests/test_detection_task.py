@@ -416,7 +416,10 @@ def test_a_box_in_closed_form(tmp_path):
     assert box["class"] == "dog" and box["score"] == pytest.approx(1, abs=1e-6)
     assert box["box"] == pytest.approx([2 * 2, 2 * 1.5, 10 * 2, 10 * 1.5], abs=1e-4)
     assert task.in_words(record) == "dog (100%) at 4 3 20 15"
-    assert task.in_words({"boxes": [box | {"score": 0.4}]}) == "nothing"
+    for chance, shown in ((0.3, "cat (40%) at 4 3 20 15"), (0.5, "nothing")):  # of the background; the dog has 0.3
+        outputs[:, 5, :3] = torch.tensor([0.7 - chance, 0.3, chance]).log()
+        low, _ = task.describe(outputs, path, ["cat", "dog"])
+        assert task.in_words(low).startswith(shown) and {b["class"] for b in low["boxes"]} == {"cat", "dog"}
     folder, picture = task.draw(Image.new("RGB", (128, 96)), record, found)["picture"]
     lime = np.argwhere((np.array(picture) == (0, 255, 0)).all(-1))  # at four times the size
     assert folder == "" and lime.min(0).tolist() == [12, 16] and lime.max(0).tolist() == [59, 79]
