@@ -57,7 +57,7 @@ from processes import rank_and_world
 from report import Console
 from scores import READY, ConfusionScore, RewardEvaluation
 from segmentation_task import Segmentation
-from vision_task import Classification, Task
+from vision_task import Classification, Task, VisionClassificationDataset
 from vit_model import VisionTransformer
 
 TASKS: dict[str, type[Task]] = {"classification": Classification, "segmentation": Segmentation, "detection": Detection}
@@ -519,10 +519,10 @@ def open_data(task: Task, state: dict | None, console: Console) -> tuple[ImageDa
     data = sections(task.config)[0]
     train_set = open_set(task, data.train_dir, state["classes"] if state else None)
     wanted, found = task.config["model"]["num_classes"], len(train_set.classes)
-    targets = getattr(train_set, "targets", torch.zeros(1, 1))
-    if state and targets.ndim == 1 and (absent := sorted(set(range(found)) - set(targets.tolist()))):
-        missing = ", ".join(train_set.classes[k] for k in absent)
-        raise InputError(f"{data.train_dir}: no image of {missing}; a run that goes on keeps its classes")
+    if state and isinstance(train_set, VisionClassificationDataset):  # a new run refuses these by itself
+        absent = sorted(set(range(found)).difference(train_set.targets.tolist()))
+        if missing := ", ".join(train_set.classes[k] for k in absent):
+            raise InputError(f"{data.train_dir}: no image of {missing}; a run that goes on keeps its classes")
     shown = ", ".join(f"{i} {name}" for i, name in enumerate(train_set.classes[:20])) + ", …" * (found > 20)
     console.line(f"{data.train_dir}: {len(train_set)} images of {found} classes (id name): {shown}")
     say_notes(train_set, console)

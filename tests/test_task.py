@@ -195,6 +195,13 @@ def test_a_file_that_has_moved_is_named_anew(folder, capsys):
     assert predict.main(["ckpt/tiny", "eval", "--task", "moved.py"]) == 0
 
 
+def test_targets_of_a_task_need_not_hold_every_class(folder):
+    """They may be numbers of any meaning: what a run began with it goes on with."""
+    keys = "task=bright.py", "bright.limit=2", "training.run_name=dark"
+    assert run(*keys, "training.steps=1") == 0
+    assert run("--resume", "ckpt/dark", "training.steps=2") == 0
+
+
 @pytest.mark.parametrize(
     "name, text, told",
     [
