@@ -180,17 +180,15 @@ def restore(state: dict[str, Any], optimizer: torch.optim.Optimizer, config: dic
     """The optimizer as the checkpoint has it, but for hyperparameters that may be overridden; what was carried on.
     Raises InputError."""
     kept = [{k: group[k] for k in ("weight_decay", "betas", "lr_scale")} for group in optimizer.param_groups]
-    if not (isinstance(state["optimizer"], dict) and {"state", "param_groups"} <= state["optimizer"].keys()):
-        raise InputError("its checkpoint has no optimizer to go on with; start a new run with model.checkpoint_path")
     try:
         optimizer.load_state_dict(state["optimizer"])
-    except ValueError:
-        training = config["training"]
-        raise InputError(
-            f"{training['ckpt_dir']}/{training['run_name']}: its optimizer does not fit training.freeze_blocks: "
-            f"{training['freeze_blocks']} with training.layer_decay: {training['layer_decay']}; drop these keys, or "
-            "start a new run from it with model.checkpoint_path"
-        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        training, why = config["training"], "is missing; have the whole checkpoint"
+        if isinstance(error, ValueError):
+            why = f"does not fit training.freeze_blocks: {training['freeze_blocks']} with training.layer_decay: "
+            why += f"{training['layer_decay']}; drop these keys"
+        run = f"{training['ckpt_dir']}/{training['run_name']}"
+        raise InputError(f"{run}: its optimizer {why}, or start a new run from it with model.checkpoint_path") from None
     for group, own in zip(optimizer.param_groups, kept):
         group |= own
     state = state | {"best_metric": best_metric(state)}

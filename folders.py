@@ -281,7 +281,7 @@ def class_notes(root: str, folders: dict[str, str]) -> list[str]:
     notes = [f"not read: {len(loose)} images beside the class folders, {loose[0]} the first"] if loose else []
     notes += [f"{', '.join(splits)} are taken for classes, though they are called like splits"] * bool(splits)
     names = {name.casefold(): name for name in folders}  # of those that differ in case alone the last
-    notes += [f"{x}, {y} are two classes" for x in folders if (y := names[x.casefold()]) != x]
+    notes += [f"{x}, {y} differ in case alone, and are two classes" for x in folders if (y := names[x.casefold()]) != x]
     first = next(iter(folders.values()))  # the others are like it, and some hold a million files
     parts = list(filter(SPLITS.fullmatch, subfolders(first)))
     return notes + [f"{first}: {', '.join(parts)} in a class folder are one set, and all are read"] * (len(parts) > 1)

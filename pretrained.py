@@ -297,8 +297,8 @@ def heads_by_periods(periods: Tensor, embed_dim: int) -> int:
 
 
 def is_timm_dinov3(named: Mapping[str, Tensor]) -> bool:
-    """timm keeps no periods. Its other ViTs without a position embedding, whose rotations are others, have no or one
-    register."""
+    """Whether these are timm's tensors of DINOv3, which keeps no periods. timm's other ViTs of rotations alone turn
+    otherwise; they have at most one register, or a norm that is refused."""
     registers = named.get("reg_token")
     return "blocks.0.gamma_1" in named and is_plain(registers) and registers.ndim == 3 and registers.shape[1] == 4
 

@@ -565,9 +565,10 @@ def test_what_cannot_be_resumed_or_evaluated(capsys, arguments, expected):
 def test_a_checkpoint_without_its_optimizer_is_not_gone_on_from(capsys):
     """As people strip it to share the weights."""
     assert run("training.steps=1") == 0
-    torch.save(ckpt() | {"optimizer": {}}, "ckpt/tiny/last.pt")
-    problem = "its checkpoint has no optimizer to go on with; start a new run with model.checkpoint_path"
-    assert refusal(capsys, "--resume", "auto", "training.steps=5") == problem
+    hint = "have the whole checkpoint, or start a new run from it with model.checkpoint_path"
+    for left_over in ({}, None):
+        torch.save(ckpt() | {"optimizer": left_over}, "ckpt/tiny/last.pt")
+        assert refusal(capsys, "--resume", "auto", "training.steps=5") == f"ckpt/tiny: its optimizer is missing; {hint}"
 
 
 def test_folders_that_a_run_should_not_go_by(capsys):
