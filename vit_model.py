@@ -65,21 +65,24 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, num_queries: int, rotary: Tensor | None = None) -> Tensor:
-        """x: [B, T, L, D] -> [B, T, num_queries, D]; only the first `num_queries` tokens ask, all tokens answer."""
+        """x: [B, T, L, D] -> [B, T, num_queries, D]; only the first `num_queries` tokens ask, all tokens answer. Where
+        one asks, no key or value is computed: q·(W_k x + b_k) is (W_kᵀ q)·x and a constant, which the softmax drops,
+        and Σ a·(W_v x + b_v) over the tokens is W_v Σ a·x + b_v."""
         B, T, L, D = x.shape
-        qkv = self.qkv(x).view(B * T, L, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x [BT, H, L, D/H]
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        x = F.scaled_dot_product_attention(q[:, :, :num_queries], k, v)  # [BT, H, num_queries, D/H]
-        return self.proj(x.transpose(1, 2).reshape(B, T, num_queries, D))
-
-
-class Mlp(nn.Module):
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        H = self.num_heads
+        if num_queries == 1 and rotary is None:
+            (w_q, w_k, w_v), (b_q, _, b_v) = (p.unflatten(0, (3, H, D // H)) for p in self.qkv.parameters())
+            q = torch.einsum("btd,hed->bthe", x[:, :, 0], w_q) + b_q  # [B, T, H, D/H]
+            q = torch.einsum("bthe,hed->bthd", q, w_k)
+            x = F.scaled_dot_product_attention(q, x, x, scale=(D // H) ** -0.5)  # [B, T, H, D]
+            x = torch.einsum("bthd,hed->bthe", x, w_v) + b_v
+        else:
+            q, k, v = self.qkv(x).view(B * T, L, 3, H, D // H).permute(2, 0, 3, 1, 4)  # 3 x [BT, H, L, D/H]
+            if rotary is not None:
+                q, k = rotate(q, rotary), rotate(k, rotary)
+            x = F.scaled_dot_product_attention(q[:, :, :num_queries], k, v)  # [BT, H, num_queries, D/H]
+            x = x.transpose(1, 2)
+        return self.proj(x.reshape(B, T, num_queries, D))
 
 
 class Block(nn.Module):
@@ -91,16 +94,14 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        hidden = int(dim * mlp_ratio)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
 
     def sites(self) -> dict[str, int]:
         """The block's stochastic sites, name -> width."""
         dim, hidden = self.mlp.fc1.in_features, self.mlp.fc1.out_features
-        return {
-            f"{self.name}.attn.proj_drop": dim,
-            f"{self.name}.mlp.drop1": hidden,
-            f"{self.name}.mlp.drop2": dim,
-        }
+        sites = {"attn.proj_drop": dim, "mlp.drop1": hidden, "mlp.drop2": dim}
+        return {f"{self.name}.{site}": width for site, width in sites.items()}
 
     def forward(self, x: Tensor, masks: Masks | None, num_queries: int, rotary: Tensor | None = None) -> Tensor:
         """x: [B, 1 or T, L, D] -> [B, T, num_queries, D]."""

@@ -62,11 +62,11 @@ def test_flop_of_a_plain_step(path, passes):
     assert setup.is_softmax  # asked before the count, because it runs the model once
     inputs, masks = bench.prepared(setup, 0)
     B, D, P = len(inputs), SIZES["embed_dim"], (SIZES["image_size"] // SIZES["patch_size"]) ** 2
-    L, T = P + 1, max(passes, 1)
+    L, T, H, others = P + 1, max(passes, 1), SIZES["num_heads"], SIZES["depth"] - 1
     patches = 2 * P * (3 * SIZES["patch_size"] ** 2) * D
-    queries = L * (SIZES["depth"] - 1) + 1  # only the class token leaves the last block
-    linear = 2 * (SIZES["depth"] * L * D * 3 * D + queries * (D * D + 2 * 4 * D * D) + D * 3)
-    expected = B * (2 * patches + T * (3 * linear + 3.5 * 2 * (2 * queries * L * D)))
+    rows = L * others + 1  # only the class token leaves the last block: its query, W_k and W_v are applied once
+    linear = 2 * (rows * 3 * D * D + rows * (D * D + 2 * 4 * D * D) + D * 3)
+    expected = B * (2 * patches + T * (3 * linear + 3.5 * 2 * (2 * (others * L + H) * L * D)))
     counted = bench.count_flop(lambda: bench.plain_step(setup, inputs, masks if passes else None))
     assert counted == pytest.approx(expected, rel=0.02)
 

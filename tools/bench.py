@@ -413,23 +413,28 @@ def memory_plan(task: Task, world: int = 1) -> dict[str, float]:
     of a micro-batch keeps for the backward pass. A block keeps, per token and unit of embed_dim, the inputs of norms,
     linear layers and GELU, and q, k, v and the output of attention: 8 + 2 · mlp_ratio numbers, of which under bfloat16
     autocast only the norms' inputs are float32; with activation checkpointing its input alone, and one block whole.
-    Blocks before the first stochastic one run once per image, the others T times; the last one of a classifier keeps
-    little more than keys and values."""
+    What precedes the first mask runs once per image, the rest T times; the last block of a classifier keeps little more
+    than norm1's input and output, and with rotary positions q, k and v."""
     config = task.config
     model, training = SimpleNamespace(**config["model"]), build.sections(config)[2]
     with torch.device("meta"):
         vit = VisionTransformer(**build.shape_of(config), num_classes=1000)
     params, tokens = sum(p.numel() for p in vit.parameters()), 1 + vit.num_patches
-    stochastic = model.depth if model.dropout_blocks is None else model.dropout_blocks
-    passes = config["rollout"]["num_mc_samples"]
-    runs = model.depth - stochastic + stochastic * passes  # of a block, per image
+    passes, everywhere = config["rollout"]["num_mc_samples"], model.dropout_blocks is None
+    stochastic = model.depth if everywhere else model.dropout_blocks
+    after = model.depth if everywhere else max(stochastic - 1, 0)  # attentions that a mask precedes
+    attentions = model.depth - after + after * passes  # runs, per image
+    mlps = model.depth - stochastic + stochastic * passes
     number = 4 if training.dtype == "float32" else 2  # bytes; auto: bfloat16 on a GPU
-    block = 2 * 4 + (6 + 2 * model.mlp_ratio) * number  # bytes per token and unit of embed_dim, as all that follows
-    last = 0
-    if not task.dense:  # queries of one token: norm1's input, its output, k, v and little else
-        ends = passes if stochastic else 1  # runs of the last block
-        runs, last = runs - ends, ends * (4 + 3 * number)
-    kept = 4 * (runs + passes) + passes * block if model.activation_checkpointing else runs * block + last
+    attention, mlp = 4 + 5 * number, 4 + (1 + 2 * model.mlp_ratio) * number  # per token and unit of embed_dim
+    if model.activation_checkpointing:
+        kept = 4 * (attentions + passes) + passes * (attention + mlp)
+    elif task.dense:
+        kept = attentions * attention + mlps * mlp
+    else:  # of the last block one token alone asks and goes on
+        ends, q_k_v = passes if after else 1, 0 if vit.rotary is None else 3
+        kept = (attentions - ends) * attention + ends * (4 + (1 + q_k_v) * number)
+        kept += (mlps - (passes if stochastic else 1)) * mlp
     per_image = tokens * model.embed_dim * kept
     micro = training.micro_batch_size or training.batch_size // world
     return {
