@@ -173,7 +173,8 @@ DATA_SETS = {
         judging.class_predictions,
         judging.draw_class,
         tuple(range(FOLDS)),
-        0.6,
+        0.4,
+        steps=300,
     ),
     "membrane": DataSet(
         "membrane",
