@@ -407,9 +407,27 @@ def test_tables_are_means_paired_differences_and_intervals(filled, monkeypatch, 
     expected += [f"{(own - trick).mean():+.4f} [{low:+.4f}, {high:+.4f}]"]
     assert line.endswith(f"| {' | '.join(expected)} |") and f"{cells_of['reward'].held:.4f}" in line
     assert photographs.small_table(figures).count("\n") == 1 + len(STUDY.scores)
+    counts = photographs.verdict(figures).splitlines()[-1].split(" | ")[1:]
+    assert counts[0] == f"{len(STUDY.scores)}" and sum(int(x.strip(" |")) for x in counts[3:]) == len(STUDY.scores)
     photographs.draw_chart(figures, tmp_path / "chart.png")
     assert Image.open(tmp_path / "chart.png").size[0] > 500
     assert "then 6 methods with 2 settings each: 28 runs of 2 steps" in photographs.tried()
+
+
+def test_the_verdict_counts_leads_beyond_the_deviation_and_the_interval(monkeypatch):
+    """Without the columns that are decided, and with them."""
+
+    def run(scores, resampled):
+        return None, {"scores": scores, "resampled": resampled}
+
+    label, trick = run([0.1, 0.2, 0.3], [10, 20, 30]), run([0.2, 0.3, 0.4], [15, 25, 35])
+    ahead, level, behind = (run([a + x for x in (0.1, 0.2, 0.3)], [b + x for x in (10, 20, 30)])
+                            for a, b in ((0.3, 9), (0.0, 5), (-0.1, 2)))  # fmt: skip
+    unsure = run([0.0, 0.4, 0.3], [0, 25, 40])  # a lead of 0.03 with a deviation of 0.15
+    rows = {photographs.BY_REWARD: [ahead, unsure, behind, level], BY_REWARD[::2]: [ahead, ahead, level, behind]}
+    monkeypatch.setattr(photographs, "complete_rows", lambda _, by: [(None, (label, trick, own)) for own in rows[by]])
+    undecided, decided = (line.split(" | ")[1:] for line in photographs.verdict(None).splitlines()[2:])
+    assert undecided == ["4", "2", "1", "2", "1", "1 |"] and decided == ["4", "1", "1", "1", "2", "1 |"]
 
 
 @pytest.mark.parametrize("frozen", [1, 2])  # 2: the head alone is trained, after a run that trained the last block

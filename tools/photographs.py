@@ -297,9 +297,9 @@ def choose(figures: Figures, study: DataSet, score: Score) -> dict[str, Cell]:
     return cells
 
 
-def best_by_reward(cells: dict[str, Cell]) -> Cell | None:
+def best_by_reward(cells: dict[str, Cell], columns: tuple[str, ...] = BY_REWARD) -> Cell | None:
     """The best by the held-out folds of the columns with a reward."""
-    found = [cells[column] for column in BY_REWARD if column in cells]
+    found = [cells[column] for column in columns if column in cells]
     return max(found, key=lambda cell: cell.held) if {"reward", "label and reward"} <= cells.keys() else None
 
 
@@ -397,13 +397,14 @@ def table(figures: Figures, study: DataSet) -> str:
     return "\n".join(lines) if len(lines) > 2 else NOT_YET
 
 
-def complete_rows(figures: Figures) -> list[tuple[Score, list[tuple[Cell, dict]]]]:
-    """The scores for which the label, its best trick and the best by reward are there: those three."""
+def complete_rows(figures: Figures, by_reward: tuple[str, ...] = BY_REWARD):
+    """The scores for which the label, its best trick and the best by reward are there, each with those three: cell and
+    figures."""
     rows = []
     for study in DATA_SETS.values():
         for score in study.scores:
             cells = choose(figures, study, score)
-            three = [cells.get("label"), cells.get(LABEL_TRICK), best_by_reward(cells)]
+            three = [cells.get("label"), cells.get(LABEL_TRICK), best_by_reward(cells, by_reward)]
             found = [figures.get(*cell.keys) if cell else None for cell in three]
             if all(found):
                 rows.append((score, list(zip(three, found))))
@@ -420,6 +421,23 @@ def small_table(figures: Figures) -> str:
         gain = statistics.mean(gains(three[2][1], three[1][1]))
         lines.append(f"| {score.name} | {' | '.join(named)} | {gain:+.3f} [{low:+.3f}, {high:+.3f}] |")
     return "\n".join(lines) if len(lines) > 2 else NOT_YET
+
+
+def verdict(figures: Figures) -> str:
+    """Of how many scores the best by reward is ahead or behind: of the label by more than the standard deviation of the
+    five differences, of the label's best trick by the whole interval."""
+    heads = ["the best of", "scores", "ahead of label", "behind", f"ahead of {LABEL_TRICK}", "neither", "behind"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for columns in (BY_REWARD[::2], BY_REWARD):
+        of_label, of_trick = [], []
+        for _, ((_, label), (_, trick), (_, own)) in complete_rows(figures, columns):
+            mean, deviation = statistics.mean(gains(own, label)), statistics.stdev(gains(own, label))
+            low, high = interval(own, trick)
+            of_label.append((mean > deviation) - (mean < -deviation))
+            of_trick.append((low > 0) - (high < 0))
+        counts = [len(of_label), *map(of_label.count, (1, -1)), *map(of_trick.count, (1, 0, -1))]
+        lines.append(f"| {', '.join(columns)} | {' | '.join(map(str, counts))} |")
+    return "\n".join(lines) if of_label else NOT_YET
 
 
 def tried() -> str:
@@ -472,6 +490,7 @@ def write_tables(figures: Figures) -> None:
     """All that is made of the kept figures."""
     for study in DATA_SETS.values():
         write_between(RESULTS, f"photographs-{study.name}", table(figures, study))
+    write_between(RESULTS, "photographs-verdict", verdict(figures))
     write_between(RESULTS, "photographs-tried", tried())
     if complete_rows(figures):
         draw_chart(figures, CHART)
