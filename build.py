@@ -251,7 +251,9 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.empty(1, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()  # not on meta, where there are no numbers
+        device = probe.device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # whose random state `keyed_rng` forks
         return device

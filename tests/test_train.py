@@ -701,6 +701,7 @@ def test_start_from_supervised_weights(capsys):
         (["model.num_classes=4"], "model.num_classes: 4, but train holds 3 classes; set it to null"),
         (["data.eval_dir=odd"], "odd: classes unknown in the training folder: cat"),
         (["training.device=abacus"], "training.device: abacus is not available here ("),
+        (["training.device=meta"], "training.device: meta is not available here ("),
         (["data.train_dir=odd", "data.eval_dir=null", "data.num_workers=1"], "odd/0/bad.png: not a readable image ("),
         (["training.log_dir=rewards.py"], "training.log_dir: rewards.py/tiny cannot be written (Not a directory)"),
         (["training.ckpt_dir=/proc/x"], "training.ckpt_dir: /proc/x/tiny cannot be written ("),
