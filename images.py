@@ -30,7 +30,7 @@ from data_types import InputError, TensorMiniBatch
 from folders import has_pages, open_image
 from frame import Crop, Frame
 from grpo import keyed_rng
-from processes import gather_everywhere, rank_and_world
+from processes import gather_everywhere, rank_and_world, settle
 
 FEW_BAD = 3  # images that cannot be decoded; so many are skipped, however few images there are
 WHITE = 65535  # of 16 bits
@@ -289,6 +289,8 @@ def explained(loader: DataLoader) -> Iterator:
     """The loader's items. Raises InputError where a worker is gone; DataLoader's own handler of SIGCHLD would raise its
     complaint in the midst of whatever the main thread is doing."""
     handler = signal.getsignal(signal.SIGCHLD)
+    if loader.num_workers:
+        settle()
     try:
         items = iter(loader)
         if loader.num_workers and threading.current_thread() is threading.main_thread():

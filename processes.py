@@ -45,6 +45,13 @@ def meet() -> dist.Store:
     return dist.PrefixStore(own, store)
 
 
+def settle() -> None:
+    """To be called before a fork. After a collective has returned, gloo's thread frees what it sent, and for a moment
+    holds a lock of Python's. A process forked in that moment waits for the lock for ever (CPython 3.11)."""
+    if dist.is_initialized():
+        time.sleep(0.05)
+
+
 def agreed(stop: list[int], group: dist.ProcessGroup | None) -> int:
     """The signal that asked any of the processes to stop, 0 if none did."""
     number = torch.tensor(max(stop, default=0))

@@ -1,11 +1,13 @@
 """images.py: which files are found, what a file decodes to, which batches a step gets, and how pixels are prepared."""
 
 import itertools
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from io import BytesIO
 from types import SimpleNamespace
 from unittest import mock
@@ -13,13 +15,15 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
 import images
+import processes
 from build import say_notes
 from data_types import InputError
 from folders import upright_size
@@ -275,6 +279,20 @@ def test_the_slices_of_two_processes_are_the_batch():
     halves = slice(0, 2), slice(2, 4)
     parts = [seen_indices(stream_batches(Numbered(7), shuffled(7), 4, range(5), part=part)) for part in halves]
     assert [a + b for a, b in zip(*parts)] == expected_indices(7, 4, range(5))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_gloo_is_given_time_before_a_worker_is_forked(monkeypatch, num_workers):
+    """Else a worker forked right after a collective may hang."""
+    slept, settled = [], []
+    monkeypatch.setattr(images, "settle", lambda: settled.append(len(multiprocessing.active_children())))
+    assert list(images.explained(DataLoader([0, 1], batch_size=None, num_workers=num_workers))) == [0, 1]
+    assert settled == [0] * num_workers
+    monkeypatch.setattr(time, "sleep", slept.append)
+    for several in (False, True):
+        monkeypatch.setattr(dist, "is_initialized", lambda several=several: several)
+        processes.settle()
+    assert slept == [0.05]
 
 
 @pytest.mark.parametrize("start, batch_size, decodes", [(0, 4, 12), (0, 5, 10), (3, 4, 20), (4, 4, 16), (0, 25, 25)])
