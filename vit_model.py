@@ -66,12 +66,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, num_queries: int, rotary: Tensor | None = None) -> Tensor:
         """x: [B, T, L, D] -> [B, T, num_queries, D]; only the first `num_queries` tokens ask, all tokens answer. Where
-        one asks, no key or value is computed: q·(W_k x + b_k) is (W_kᵀ q)·x and a constant, which the softmax drops,
-        and Σ a·(W_v x + b_v) over the tokens is W_v Σ a·x + b_v."""
+        one asks, qkv is not called, since no token needs a key or value: q·(W_k x + b_k) is (W_kᵀ q)·x and a constant,
+        which the softmax drops, and Σ a·(W_v x + b_v) over the tokens is W_v Σ a·x + b_v."""
         B, T, L, D = x.shape
         H = self.num_heads
         if num_queries == 1 and rotary is None:
-            (w_q, w_k, w_v), (b_q, _, b_v) = (p.unflatten(0, (3, H, D // H)) for p in self.qkv.parameters())
+            (w_q, w_k, w_v), (b_q, _, b_v) = (p.unflatten(0, (3, H, -1)) for p in (self.qkv.weight, self.qkv.bias))
             q = torch.einsum("btd,hed->bthe", x[:, :, 0], w_q) + b_q  # [B, T, H, D/H]
             q = torch.einsum("bthe,hed->bthd", q, w_k)
             x = F.scaled_dot_product_attention(q, x, x, scale=(D // H) ** -0.5)  # [B, T, H, D]

@@ -397,9 +397,10 @@ def table(figures: Figures, study: DataSet) -> str:
     return "\n".join(lines) if len(lines) > 2 else NOT_YET
 
 
-def complete_rows(figures: Figures, by_reward: tuple[str, ...] = BY_REWARD):
-    """The scores for which the label, its best trick and the best by reward are there, each with those three: cell and
-    figures."""
+def complete_rows(
+    figures: Figures, by_reward: tuple[str, ...] = BY_REWARD
+) -> list[tuple[Score, list[tuple[Cell, dict]]]]:
+    """The scores for which the label, its best trick and the best by reward are there: those three."""
     rows = []
     for study in DATA_SETS.values():
         for score in study.scores:

@@ -248,8 +248,7 @@ STUDIES = {
         "micrographs", "config_segmentation.yaml", folders("train", "eval", micrograph), 3, 1, 500, 15,
         scores=("mean_iou",),
         common=("model.image_size=128", "model.patch_size=8", "data.augment={flip: hv, rotate90: true}",
-                "training.batch_size=16",
-                "training.steps=1500"),
+                "training.batch_size=16", "training.steps=1500"),
         stages=(
             Stage(
                 "micrographs",
