@@ -115,11 +115,11 @@ def test_bad_config_ends_with_one_line(capsys):
 
 
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype, positions", [("float32", "learned"), ("bfloat16", "learned"), ("bfloat16", "rotary")])
 @pytest.mark.parametrize("dropout_blocks", [None, 2, 0])
-def test_the_memory_plan_is_what_a_forward_pass_keeps(task, dtype, dropout_blocks):
+def test_the_memory_plan_is_what_a_forward_pass_keeps(task, dtype, positions, dropout_blocks):
     """Bytes of the tensors saved for the backward pass of a small ViT, weights not counted, within a tenth."""
-    model = {"image_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 2}
+    model = {"image_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 2, "positions": positions}
     keys = flatten({"task": task, "model": model | {"dropout_blocks": dropout_blocks}}, "")
     _, task = build.configure(("test", keys | {"training.dtype": dtype, "training.batch_size": 4}))
     model = build.build_model(task, 2, torch.device("cpu"))
