@@ -407,6 +407,9 @@ def test_tables_are_means_paired_differences_and_intervals(filled, monkeypatch, 
     expected += [f"{(own - trick).mean():+.4f} [{low:+.4f}, {high:+.4f}]"]
     assert line.endswith(f"| {' | '.join(expected)} |") and f"{cells_of['reward'].held:.4f}" in line
     assert photographs.small_table(figures).count("\n") == 1 + len(STUDY.scores)
+    best = {by: photographs.complete_rows(figures, by) for by in (BY_REWARD[::2], BY_REWARD)}
+    decided = [{own.decided for _, (_, _, (own, _)) in rows} for rows in best.values()]
+    assert decided[0] == {False} and True in decided[1]
     counts = photographs.verdict(figures).splitlines()[-1].split(" | ")[1:]
     assert counts[0] == f"{len(STUDY.scores)}" and sum(int(x.strip(" |")) for x in counts[3:]) == len(STUDY.scores)
     photographs.draw_chart(figures, tmp_path / "chart.png")

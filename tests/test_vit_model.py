@@ -140,6 +140,20 @@ def test_masked_vit_equals_a_naive_one(dropout_blocks, dense):
         assert gradient.abs().max() > 0, name
 
 
+@pytest.mark.parametrize("options", [{}, {"registers": 2}, {"registers": 4, "positions": "rotary", "num_heads": 4}])
+def test_the_class_token_alone_is_its_row_among_all_tokens(options):
+    """Values and gradients, though the last block computes no key and value for it, unless positions are rotary."""
+    model = make_model(**options)
+    images, masks = make_inputs(model, 3, 2)
+    with keyed_rng("weights of the sum"):
+        weights = torch.randn(3, 2, 16, dtype=torch.float64)
+    found = [model.forward_features(images, masks, class_token_only=alone)[:, :, 0] for alone in (True, False)]
+    assert torch.allclose(*found, rtol=0, atol=1e-12)
+    used = [p for name, p in model.named_parameters() if not name.startswith("head")]
+    for one, among in zip(*(torch.autograd.grad((x * weights).sum(), used) for x in found)):
+        assert torch.allclose(one, among, rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_without_masks_is_all_ones_masks(dense):
     """model(images) is the network whose masks keep everything; dropout 0 draws those. The masks alone are random: bit

@@ -414,7 +414,7 @@ def memory_plan(task: Task, world: int = 1) -> dict[str, float]:
     linear layers and GELU, and q, k, v and the output of attention: 8 + 2 · mlp_ratio numbers, two more with rotary
     positions, of which under bfloat16 autocast only the norms' inputs are float32; with activation checkpointing its
     input alone, and one block whole. What precedes the first mask runs once per image, the rest T times; the last block
-    of a classifier keeps little more than norm1's input and output, and with rotary positions q, k and v."""
+    of a classifier keeps little more than norm1's input and output, or with rotary positions what attention keeps."""
     config = task.config
     model, training = SimpleNamespace(**config["model"]), build.sections(config)[2]
     with torch.device("meta"):
@@ -427,16 +427,14 @@ def memory_plan(task: Task, world: int = 1) -> dict[str, float]:
     mlps = model.depth - stochastic + stochastic * passes
     number = 4 if training.dtype == "float32" else 2  # bytes; auto: bfloat16 on a GPU
     rotated = 0 if vit.rotary is None else 2  # q and k, beside those that are not
-    attention, mlp = (
-        4 + (5 + rotated) * number,
-        4 + (1 + 2 * model.mlp_ratio) * number,
-    )  # per token and unit of embed_dim
+    attention = 4 + (5 + rotated) * number  # per token and unit of embed_dim, as what follows
+    mlp = 4 + (1 + 2 * model.mlp_ratio) * number
     if model.activation_checkpointing:
         kept = 4 * (attentions + passes) + passes * (attention + mlp)
     elif task.dense:
         kept = attentions * attention + mlps * mlp
     else:  # of the last block one token alone asks and goes on
-        ends, last = passes if after else 1, attention - number if rotated else 4 + number
+        ends, last = passes if after else 1, attention if rotated else 4 + number
         kept = (attentions - ends) * attention + ends * last
         kept += (mlps - (passes if stochastic else 1)) * mlp
     per_image = tokens * model.embed_dim * kept
