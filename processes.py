@@ -47,8 +47,7 @@ def meet() -> dist.Store:
 
 def settle() -> None:
     """To be called before a fork. After a collective has returned, gloo's thread frees what it sent, and for a moment
-    holds a lock of Python's. A process forked in that moment waits for the lock for ever (CPython 3.11); without this
-    it was one fork of 700, forked at once after a collective."""
+    holds a lock of Python's. A process forked in that moment waits for the lock for ever (CPython 3.11)."""
     if dist.is_initialized():
         time.sleep(0.05)
 
