@@ -38,8 +38,9 @@ class Score:
 @dataclass(frozen=True, eq=False)
 class DataSet:
     """common: overrides of all runs; steps: of each half; starts: settings of the first half, by the label; tricks: the
-    losses that the label's second half is tried with; settings: tried for each method. predictions, draw: what is kept
-    of a model's outputs, and shown. searched: the folds by which settings are chosen. unit: of an image file, what
+    losses that the label's second half is tried with; logged: the reward of runs by the label, which is only logged, so
+    that a cheap one will do; settings: tried for each method. predictions, draw: what is kept of a model's outputs, and
+    shown. searched: the folds by which settings are chosen. unit: of an image file, what
     stays together in a fold. minutes: of a run, before one was timed. The rest is what experiments.py asks of a
     study."""
 
@@ -52,6 +53,7 @@ class DataSet:
     searched: tuple[int, ...]
     minutes: float
     unit: Callable[[str], str] = str
+    logged: tuple[str, ...] = ()
     steps: int = 150
     starts: Methods = field(default_factory=lambda: doubts(3e-4, 1e-3, start=START))
     settings: Methods = field(default_factory=lambda: doubts(3e-4, 1e-3, small=SMALL, large=LARGE))
@@ -61,8 +63,8 @@ class DataSet:
 
     def by_label(self) -> Methods:
         """The label, and the label with each trick: the loss of the second half."""
-        named = {name: [*LABEL, f"training.supervised_loss={name}"] for name in self.tricks}
-        return {"label": LABEL} | named
+        label = [*LABEL, *self.logged]
+        return {"label": label} | {name: [*label, f"training.supervised_loss={name}"] for name in self.tricks}
 
     def methods(self) -> Methods:
         found = self.by_label()
@@ -186,6 +188,7 @@ DATA_SETS = {
         (0, 1),
         3,
         unit=micrograph,
+        logged=("rollout.reward=pixel_reward", "rollout.actions_per_sample=1"),
     ),
     "blood-cells": DataSet(
         "blood-cells",

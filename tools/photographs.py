@@ -31,7 +31,7 @@ import torch
 from cells import DATA_SETS, FOLDS, LABEL_COEF, DataSet, Score, make_folds
 from experiments import RESULTS, Figures, Runner, commit, machine, write_between
 from judging import PASSES, Found, pool, resample
-from studies import LABEL, ROOT
+from studies import ROOT
 from torch.utils.tensorboard import SummaryWriter
 
 from build import build_model, configure, layer_of, open_set
@@ -83,7 +83,7 @@ class Run:
 
     def overrides(self, source: Source) -> list[str]:
         study = self.study
-        keys = study.methods()[self.method] if self.start else LABEL
+        keys = study.methods()[self.method if self.start else "label"]
         keys = [*study.common, *keys, *(study.tried(self.method) if self.start else study.starts)[self.setting]]
         keys += [f"data.train_dir={folds_of(study)}/{self.fold}/train", f"training.steps={study.steps}"]
         begin = f"{ROOT}/ckpt/{self.start.name}/last.pt" if self.start else source.weights
@@ -454,7 +454,8 @@ def tried() -> str:
             f"`{' '.join(study.common)}`.",
             "",
         ]
-        lines += [f"- first half: `{' '.join([*LABEL, *keys])}`" for keys in study.starts.values()]
+        label = study.by_label()["label"]
+        lines += [f"- first half: `{' '.join([*label, *keys])}`" for keys in study.starts.values()]
         lines += [f"- {name}: `{' '.join(keys)}`" for name, keys in study.by_label().items()]
         with_label = f", and the same with `{LABEL_COEF}`"
         lines += [f"- reward, {score.name}: `{' '.join(score.reward)}`{with_label}" for score in study.scores]
