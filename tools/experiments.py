@@ -208,7 +208,7 @@ class Runner:
         self.figures, self.jobs, self.deadline, self.base = figures, jobs, deadline, base
         self.left: dict[tuple, float] = {}  # what was not run -> the minutes it may take
         self.parts: dict[str, Parts] = {}
-        self.alone = threading.Lock()  # predict.py draws from the process's random state
+        self.alone = threading.RLock()  # predictions draw from the process's random state
 
     def minutes(self, study: Study) -> float:
         """What a run of the study takes about."""
@@ -240,8 +240,7 @@ class Runner:
         if not self.train(run):
             self.left[run.keys] = minutes
             return None
-        with self.alone:
-            metrics = self.judge(run)
+        metrics = self.judge(run)
         metrics = {key: round(x, 5) if isinstance(x, float) else x for key, x in metrics.items() if "ap/" not in key}
         shown = " ".join(f"{key} {x:g}" for key, x in metrics.items() if isinstance(x, float))
         about = {"minutes": round((time.monotonic() - begin) / 60, 2), "machine": machine()}
@@ -279,8 +278,9 @@ class Runner:
             metrics |= {"curve": [(step, at, round(value, 4)) for step, at, value in curve], "cost": mean_cost(folder)}
         if not study.retrain:
             metrics = {f"holdout/{key}": value for key, value in metrics.items()}
-        for score in study.scores:
-            metrics |= decided(folder, score, *self.parts[study.name][2:])
+        with self.alone:
+            for score in study.scores:
+                metrics |= decided(folder, score, *self.parts[study.name][2:])
         return metrics | {"seconds": seconds}
 
 

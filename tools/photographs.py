@@ -19,6 +19,7 @@ import shutil
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -126,9 +127,10 @@ class Runs(Runner):
         same = kept_blocks(sizes, state["config"]["training"]["freeze_blocks"])  # of a head alone the last block too
         names = [name for name in state["model"] if layer_of(name, sizes["depth"]) > same]
         trunk, kept = self.trunk(run.study), {name: state["model"].pop(name) for name in names}
-        if not trunk.exists():
-            save({"model": state["model"]}, trunk)
-        elif not all(torch.equal(x, state["model"][name]) for name, x in load(trunk)["model"].items()):
+        with self.alone:
+            if not trunk.exists():
+                save({"model": state["model"]}, trunk)
+        if not all(torch.equal(x, state["model"][name]) for name, x in load(trunk)["model"].items()):
             raise SystemExit(f"{trunk}: of other weights than --start; delete {ROOT}/, or give the former ones")
         save({"model": kept} | {key: state[key] for key in ("config", "classes")}, self.path("models", run))
         self.predictions(run, "held")
@@ -152,14 +154,15 @@ class Runs(Runner):
         model.load_state_dict(trunk["model"] | state["model"])
         blocks = kept_blocks(task.config["model"], task.config["training"]["freeze_blocks"])
         folder = str(self.folder(run, part))
-        if folder not in self.opened:
-            dataset, batches, data = open_set(task, folder, state["classes"]), [], task.config["data"]
-            for batch in ordered_batches(dataset, CHUNK):
-                batches.append((batch, model.trunk(prepare(batch.inputs, data["mean"], data["std"]), blocks)))
-            self.opened[folder] = dataset, batches
-        dataset, batches = self.opened[folder]
-        with keyed_rng(run.fold, "predict"):
-            masks = model.sample_masks(1, PASSES)
+        with self.alone:
+            if folder not in self.opened:
+                dataset, batches, data = open_set(task, folder, state["classes"]), [], task.config["data"]
+                for batch in ordered_batches(dataset, CHUNK):
+                    batches.append((batch, model.trunk(prepare(batch.inputs, data["mean"], data["std"]), blocks)))
+                self.opened[folder] = dataset, batches
+            dataset, batches = self.opened[folder]
+            with keyed_rng(run.fold, "predict"):
+                masks = model.sample_masks(1, PASSES)
 
         def stream():
             for batch, tokens in batches:
@@ -168,6 +171,11 @@ class Runs(Runner):
                     yield batch, task.arrange(model(tokens, own, start=blocks))
 
         return task, dataset, stream()
+
+    def predict_all(self, runs: list[Run], part: str) -> None:
+        """Their predictions are kept; `jobs` at a time."""
+        with ThreadPoolExecutor(self.jobs) as threads:
+            list(threads.map(lambda run: self.predictions(run, part), runs))
 
     def predictions(self, run: Run, part: str) -> Found:
         path = self.path("predictions", run, part)
@@ -207,10 +215,9 @@ def search(runner: Runs, figures: Figures, study: DataSet) -> None:
     start = chosen_start(figures, study)
     if not start:
         return
-    for method in study.methods():
-        settings = study.tried(method)
-        runs = {(method, setting): runs_of(study, method, setting, start) for setting in settings}
-        search_these(runner, figures, study, {k: [v[fold] for fold in study.searched] for k, v in runs.items()})
+    tried = [(method, setting) for method in study.methods() for setting in study.tried(method)]
+    runs = {key: [runs_of(study, *key, start)[fold] for fold in study.searched] for key in tried}
+    search_these(runner, figures, study, runs)
 
 
 def search_these(runner: Runs, figures: Figures, study: DataSet, runs: dict[tuple[str, str], list[Run]]) -> None:
@@ -310,7 +317,10 @@ def fill(runner: Runs, figures: Figures, study: DataSet) -> None:
     """The figures of each cell for which all is chosen, as far as there is time."""
     cells = [cell for score in study.scores for cell in choose(figures, study, score).values()]
     cells = list({cell.keys: cell for cell in cells if not figures.get(*cell.keys)}.values())
-    found = runner.run_all(list(dict.fromkeys(run for cell in cells for run in cell.runs)))
+    runs = list(dict.fromkeys(run for cell in cells for run in cell.runs))
+    runner.run_all(list(dict.fromkeys(run.start for run in runs)))
+    found = runner.run_all(runs)
+    runner.predict_all([run for run in runs if found[run]], "eval")
     for cell in cells:
         if all(found[run] for run in cell.runs):
             judged = [runner.predictions(run, "eval") for run in cell.runs]
