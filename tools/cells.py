@@ -150,7 +150,7 @@ START = ["model.dropout=0.3", "training.entropy_coef=0"]
 COMMON = ("data.augment=true", "data.num_workers=0", "data.eval_dir=null", "training.freeze_blocks=11")
 COMMON += ("model.dropout_blocks=1", "training.warmup_steps=20", "training.save_interval=1000000")
 COMMON += ("data.token_cache=keep", f"data.token_cache_dir={ROOT}/tokens")
-DENSE = ("model.image_size=168", "rollout.num_mc_samples=2")
+DENSE = ("model.image_size=168", "training.batch_size=8", "rollout.num_mc_samples=2")
 OF_CLASSES = partial(by_confusion, judge=judging.Classes)
 OF_PIXELS = partial(by_confusion, judge=judging.Pixels)
 PRICES, DICE = "examples/price_list.py:price_list", "examples/dice_of_one.py:dice_of_one"
@@ -180,7 +180,7 @@ DATA_SETS = {
     ),
     "membrane": DataSet(
         "membrane",
-        (*COMMON, *DENSE, "training.batch_size=8", "task=segmentation"),
+        (*COMMON, *DENSE, "task=segmentation"),
         (OF_PIXELS("mean IoU", "mean_iou"), OF_PIXELS("Dice of the membrane", DICE, score=dice_of_one)),
         ("weighted", "focal", "dice", "lovasz"),
         judging.pixel_predictions,
@@ -192,7 +192,7 @@ DATA_SETS = {
     ),
     "blood-cells": DataSet(
         "blood-cells",
-        (*COMMON, *DENSE, "training.batch_size=12", *BOXES, "task=detection"),
+        (*COMMON, *DENSE, *BOXES, "task=detection"),
         (
             Score("F1 at IoU 0.5", judging.BoxF1(), ["rollout.reward=detection_set_credit_50"]),
             Score("mAP@[.5:.95]", judging.BoxAP(), ["rollout.reward=detection_set_credit"]),
