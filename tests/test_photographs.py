@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -321,7 +322,7 @@ class FakeRuns(NoTraining, Runs):
     def predictions(self, run, part):
         self.seen.append((run, part))
         strength = {"label": 1.0, "weighted": 1.1}.get(run.method, 1.3) + (0.5 if run.setting == "0.001 small" else 0)
-        found = class_found(80, run.fold + 10 * (part == "eval"))
+        found = class_found(80, run.fold + 10 * ("held", "eval", "train").index(part))
         return {
             "probs": found["probs"] ** strength / (found["probs"] ** strength).sum(-1, keepdim=True),
             "targets": found["targets"],
@@ -368,6 +369,21 @@ def test_what_is_kept_is_not_run_again(filled):
         step(runner := FakeRuns(filled), figures, STUDY)
         assert not runner.trained
     assert (filled / "f.json").read_text() == before
+
+
+def test_models_are_judged_on_the_images_that_they_were_trained_on(filled, tmp_path, monkeypatch):
+    """By the row's score and by the first one, beside the held-out fold; no evaluation image is looked at."""
+    monkeypatch.setattr(photographs, "DATA_SETS", {"cifar10": STUDY})
+    figures, runner = Figures(Path(shutil.copy(filled / "f.json", tmp_path))), FakeRuns(filled)
+    first, score = STUDY.scores
+    photographs.look_at_training(runner, figures, STUDY, score)
+    assert {part for _, part in runner.seen} == {"train", "held"} and {run.fold for run, _ in runner.seen} == {0}
+    lines = photographs.training_table(figures).splitlines()[2:]
+    assert len(lines) == 2 * len(SETTINGS)
+    run = photographs.runs_of(STUDY, "label", "0.001 small", photographs.chosen_start(figures, STUDY))[0]
+    values = [s.judge.value(runner.predictions(run, part)) for s in (score, first) for part in ("train", "held")]
+    shown = " | ".join(f"{x:.3f}" for x in values)
+    assert f"| {score.name} | label: 0.001 small | {shown} |" in lines and len(set(values)) == 4
 
 
 def test_nothing_is_chosen_before_all_is_tried(filled, tmp_path):
@@ -478,6 +494,7 @@ def test_the_tables_of_the_results_are_those_of_the_kept_figures():
     """What stands between the markers is what --tables would write."""
     text, figures = photographs.RESULTS.read_text(encoding="utf-8"), Figures(photographs.FIGURES)
     parts = {study.name: photographs.table(figures, study) for study in DATA_SETS.values()}
+    parts |= {"verdict": photographs.verdict(figures), "training": photographs.training_table(figures)}
     for name, written in (parts | {"tried": photographs.tried()}).items():
         assert f"<!-- photographs-{name} -->\n{written}\n<!-- /photographs-{name} -->" in text
     readme = photographs.README.read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
     uv run tools/photographs.py cifar10 --data DIR --start vits14.pth --search   # settings, chosen by held-out folds
     uv run tools/photographs.py cifar10 --data DIR --start vits14.pth            # the runs of the table
+    uv run tools/photographs.py cifar10 --data DIR --start vits14.pth --training "quadratic kappa"  # is it overfitted?
     uv run tools/photographs.py --tables                                         # tables and chart again, without a run
 
 DIR has train/ and eval/. `membrane` and `blood-cells` likewise. With --minutes 60 nothing is begun that would end
@@ -340,6 +341,17 @@ def judge_cell(cell: Cell, held: list[Found], judged: list[Found]) -> tuple[list
     return scores, (resampled / UNIT).round().long().tolist()
 
 
+def look_at_training(runner: Runs, figures: Figures, study: DataSet, score: Score) -> None:
+    """By a score and by the study's first one: what the models of fold 0 are worth on the images that they were trained
+    on, and on the held-out fold."""
+    for method in ("label", f"reward: {score.name}"):
+        for setting in study.tried(method):
+            run = runs_of(study, method, setting, chosen_start(figures, study))[0]
+            parts = [runner.predictions(run, part) for part in ("train", "held")]
+            values = [round(s.judge.value(part), 5) for s in (score, study.scores[0]) for part in parts]
+            figures.add({"values": values} | about(), study.name, f"training: {score.name}", method, run.tried)
+
+
 def again(runner: Runs, figures: Figures, cell: Cell, fold: int) -> bool:
     """Trains a model of a cell anew, from the weights on, and tells whether its score is the kept one."""
     fresh = replace(cell.runs[fold], prefix="again-")
@@ -404,6 +416,19 @@ def table(figures: Figures, study: DataSet) -> str:
             row += [spread(gains(run, label), signed=True) if label and column != "label" else ""]
             row += [compared(run, trick) if trick and column != LABEL_TRICK else ""]
             lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines) if len(lines) > 2 else NOT_YET
+
+
+def training_table(figures: Figures) -> str:
+    """What `look_at_training` found."""
+    heads = ["score", "learned by", "of images trained on", "held out", "first score of images trained on", "held out"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = [(study, score) for study in DATA_SETS.values() for score in study.scores]
+    for study, score in rows:
+        for method, settings in (figures.get(study.name, f"training: {score.name}") or {}).items():
+            for tried, found in settings.items():
+                cells = [score.name, f"{method.partition(':')[0]}: {tried.partition(' from ')[0]}"]
+                lines.append(f"| {' | '.join([*cells, *(f'{x:.3f}' for x in found['values'])])} |")
     return "\n".join(lines) if len(lines) > 2 else NOT_YET
 
 
@@ -503,6 +528,7 @@ def write_tables(figures: Figures) -> None:
     for study in DATA_SETS.values():
         write_between(RESULTS, f"photographs-{study.name}", table(figures, study))
     write_between(RESULTS, "photographs-verdict", verdict(figures))
+    write_between(RESULTS, "photographs-training", training_table(figures))
     write_between(RESULTS, "photographs-tried", tried())
     if complete_rows(figures):
         draw_chart(figures, CHART)
@@ -561,6 +587,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run that would end after so many")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (as many as there are cores)")
     parser.add_argument("--again", nargs=3, metavar=("SCORE", "COLUMN", "FOLD"), help="train one model a second time")
+    parser.add_argument("--training", metavar="SCORE", help="judge models on the images that they were trained on, too")
     parser.add_argument("--tables", action="store_true", help="only write the tables and the chart, of all data sets")
     args = parser.parse_args()
     if not args.tables and not (args.data_set and args.data and args.start):
@@ -574,14 +601,18 @@ def main() -> int:
         return 0
     study = DATA_SETS[args.data_set]
     runner = Runs(Figures(ROOT / "photographs.json"), source, args.jobs, deadline)
+    name, column, fold = args.again or (args.training, None, None)
+    score = next((score for score in study.scores if score.name == name), None)
     if args.again:
-        name, column, fold = args.again
-        score = next((score for score in study.scores if score.name == name), None)
         cell = choose(figures, study, score).get(column) if score else None
         if not cell or not figures.get(*cell.keys) or int(fold) not in range(FOLDS):
             parser.error(f"--again: {name}, {column}, {fold}: no figures of it")
         return 0 if again(runner, figures, cell, int(fold)) else 1
-    if args.search:
+    if args.training:
+        if not score or not chosen_start(figures, study):
+            parser.error(f"--training: {name}: no score of {study.name} that is searched")
+        look_at_training(runner, figures, study, score)
+    elif args.search:
         search(runner, figures, study)
     else:
         fill(runner, figures, study)
