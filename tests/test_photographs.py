@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import statistics
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -422,7 +423,11 @@ def test_tables_are_means_paired_differences_and_intervals(filled, monkeypatch, 
     expected += [f"{(own - label).mean():+.4f} ± {(own - label).std(ddof=1):.4f}"]
     expected += [f"{(own - trick).mean():+.4f} [{low:+.4f}, {high:+.4f}]"]
     assert line.endswith(f"| {' | '.join(expected)} |") and f"{cells_of['reward'].held:.4f}" in line
-    assert photographs.small_table(figures).count("\n") == 1 + len(STUDY.scores)
+    small = [line.split(" | ") for line in photographs.small_table(figures).splitlines()[2:]]
+    for (name, *texts, _), (score, three) in zip(small, photographs.complete_rows(figures), strict=True):
+        means = [f"{statistics.mean(run['scores']):.3f}" for _, run in three]
+        assert name == f"| {score.name}" and [text.partition(" ")[0] for text in texts] == means
+        assert ["(" in text for text in texts] == [False, True, True]
     best = {by: photographs.complete_rows(figures, by) for by in (BY_REWARD[::2], BY_REWARD)}
     decided = [{own.decided for _, (_, _, (own, _)) in rows} for rows in best.values()]
     assert decided[0] == {False} and True in decided[1]

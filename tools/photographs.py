@@ -448,14 +448,15 @@ def complete_rows(
 
 
 def small_table(figures: Figures) -> str:
-    """A row a score, three columns."""
+    """A row a score, three columns and a difference; "both" is label and reward."""
     lines = [f"| score | label | {LABEL_TRICK} | by reward | reward − trick [95 %] |", "|---|---|---|---|---|"]
     for score, three in complete_rows(figures):
-        cells = [f"{statistics.mean(run['scores']):.3f} ± {statistics.stdev(run['scores']):.3f}" for _, run in three]
-        named = [cells[0], *(f"{text} ({cell.words})" for text, (cell, _) in zip(cells[1:], three[1:]))]
-        low, high = interval(three[2][1], three[1][1])
-        gain = statistics.mean(gains(three[2][1], three[1][1]))
-        lines.append(f"| {score.name} | {' | '.join(named)} | {gain:+.3f} [{low:+.3f}, {high:+.3f}] |")
+        label, *named = (f"{statistics.mean(run['scores']):.3f} ({cell.words})" for cell, run in three)
+        trick, own = three[1][1], three[2][1]
+        low, high = interval(own, trick)
+        gain = f"{statistics.mean(gains(own, trick)):+.3f} [{low:+.3f}, {high:+.3f}]"
+        row = " | ".join([score.name, label.partition(" ")[0], *named, gain])
+        lines.append(f"| {row} |".replace("label and reward", "both"))
     return "\n".join(lines) if len(lines) > 2 else NOT_YET
 
 
