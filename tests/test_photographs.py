@@ -468,6 +468,12 @@ def test_of_a_run_is_kept_what_was_trained_and_what_the_whole_network_predicts(f
     for name in (run.name, other.name):
         save_checkpoint(about, tmp_path / "ckpt" / name, best=False, keep=1)
         (tmp_path / "logs" / name).mkdir(parents=True)
+
+    def draws(*key):
+        assert runner.alone._is_owned()  # threads share torch's random state
+        return keyed_rng(*key)
+
+    monkeypatch.setattr(photographs, "keyed_rng", draws)
     runner.judge(run)
     found = runner.predictions(run, "held")
     dataset = task.open(str(tmp_path / "folds" / "cifar10" / "0" / "held"), about["classes"])
@@ -480,7 +486,9 @@ def test_of_a_run_is_kept_what_was_trained_and_what_the_whole_network_predicts(f
     kept = photographs.load(runner.path("models", run))["model"]
     assert {name for name, p in model.named_parameters() if p.requires_grad} <= set(kept)
     assert set(kept) == {name for name in about["model"] if layer_of(name, 2) > 1}
-    assert len(runner.predictions(run, "eval")["targets"]) == 12
+    runner.jobs = 2
+    runner.predict_all([run], "eval")
+    assert len(photographs.load(runner.path("predictions", run, "eval"))["targets"]) == 12
     about["model"]["cls_token"] += 1
     save_checkpoint(about, tmp_path / "ckpt" / other.name, best=False, keep=1)
     with pytest.raises(SystemExit, match="of other weights than --start"):
