@@ -326,14 +326,16 @@ def rollout(
 def rollout_metrics(episode: Episode) -> dict[str, Tensor]:
     """What a rollout is worth logging for: 0-dim tensors, means over its images, and `group_rewards`, [B]."""
     rewards, weights = episode.rewards, episode.metadata.get("reward_weights")
-    weights = 1 if weights is None else weights  # of actions in their group's mean
 
     def expected(values: Tensor) -> Tensor:
         """The mean over the actions, an action counting as much as it is probable, and over what counts: [B]."""
-        return mean_per_image(weights * values, episode.counted_in(values))
+        return mean_per_image(values if weights is None else weights * values, episode.counted_in(values))
 
-    group_rewards = expected(rewards)  # and Tensor.std would be ten times as slow over pixels
-    std = (weights * (rewards - (weights * rewards).mean((1, 2), keepdim=True)) ** 2).mean((1, 2)).sqrt()
+    group_rewards = expected(rewards)
+    if weights is None:
+        std = rewards.std((1, 2), correction=0)  # squares in float64, so that a huge reward's is finite
+    else:
+        std = (weights * (rewards - (weights * rewards).mean((1, 2), keepdim=True)) ** 2).mean((1, 2)).sqrt()
     metrics = {
         "reward/mean": group_rewards.mean(),
         "reward/std": mean_per_image(std, episode.counted_in(rewards)).mean(),
