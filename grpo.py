@@ -333,7 +333,7 @@ def rollout_metrics(episode: Episode) -> dict[str, Tensor]:
 
     group_rewards = expected(rewards)
     if weights is None:
-        std = rewards.std((1, 2), correction=0)  # squares in float64, so that a huge reward's is finite
+        std = rewards.std((1, 2), correction=0)  # by squares in float32 a huge reward's would be infinite
     else:
         std = (weights * (rewards - (weights * rewards).mean((1, 2), keepdim=True)) ** 2).mean((1, 2)).sqrt()
     metrics = {
