@@ -319,7 +319,7 @@ def fill(runner: Runs, figures: Figures, study: DataSet) -> None:
     cells = [cell for score in study.scores for cell in choose(figures, study, score).values()]
     cells = list({cell.keys: cell for cell in cells if not figures.get(*cell.keys)}.values())
     runs = list(dict.fromkeys(run for cell in cells for run in cell.runs))
-    runner.run_all(list(dict.fromkeys(run.start for run in runs)))
+    runner.run_all(list(dict.fromkeys(run.start for run in runs)))  # else each would be trained while all others wait
     found = runner.run_all(runs)
     runner.predict_all([run for run in runs if found[run]], "eval")
     for cell in cells:
