@@ -57,10 +57,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def process_state():
-    """What `train.main` changes in the process is put back; one thread, as the models are tiny."""
+    """What `train.main` changes in the process is put back; one thread, as the models are tiny. What a test draws does
+    not depend on the tests before it."""
     handlers, threads = [signal.getsignal(number) for number in SIGNALS], torch.get_num_threads()
     validate = Distribution._validate_args
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     yield
     for number, handler in zip(SIGNALS, handlers):
         signal.signal(number, handler)

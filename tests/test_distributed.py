@@ -1,12 +1,16 @@
-"""Several processes (torchrun, gloo on the CPU) against one: the same weights, metrics and files."""
+"""Several processes (gloo on the CPU) against one: the same weights, metrics and files; signals and kills under
+torchrun."""
 
+import multiprocessing
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -18,12 +22,8 @@ import train
 from checkpoint import load_checkpoint
 
 kill_runs = load_script("tests/kill_runs.py")
-DOUBLE = """
-import images, sys, torch, train
-torch.set_default_dtype(torch.float64)
-images.per_channel = lambda values, device: torch.tensor(values)[:, None, None] * 255
-sys.exit(train.main())
-"""
+RANKS = multiprocessing.get_context("forkserver")  # each rank starts with torch imported
+RANKS.set_forkserver_preload(["train"])
 DIGITS = ["--config", "tiny.yaml", "training.steps=20", "training.micro_batch_size=4"]
 DIGITS += ["rollout.reward={classification_reward: 1, macro_f1: 0.3}"]
 SCENES = ["--config", str(ROOT / "config_segmentation.yaml"), "training.steps=8", "training.batch_size=8"]
@@ -39,22 +39,35 @@ SCENES += ["training.device=cpu", "data.num_workers=0", "data.train_dir=scenes/t
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """An own folder to run in, in float64."""
+    """An own folder to run in."""
     make_folders(tmp_path)
-    (tmp_path / "double.py").write_text(DOUBLE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setattr(images, "per_channel", lambda values, device: torch.tensor(values)[:, None, None] * 255)
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    monkeypatch.setattr(images, "per_channel", per_channel)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    """Two ranks."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "double.py"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *launcher, *arguments], **pipes)
+def per_channel(values, _device) -> torch.Tensor:
+    return torch.tensor(values)[:, None, None] * 255
+
+
+def rank_of_two(rank: int, port: int, folder: Path, arguments: list[str]) -> None:
+    """What torchrun starts, in float64; what it prints is in out{rank}.txt."""
+    os.chdir(folder)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    images.per_channel = per_channel
+    with open(f"out{rank}.txt", "w") as out, redirect_stdout(out):
+        status = train.main(arguments)
+    sys.exit(status)
 
 
 def run(capsys, ranks: int, *arguments: str) -> str:
@@ -62,9 +75,22 @@ def run(capsys, ranks: int, *arguments: str) -> str:
     if ranks == 1:
         assert train.main(list(arguments)) == 0
         return capsys.readouterr().out
-    out, err = (process := start(*arguments)).communicate(timeout=200)
-    assert process.returncode == 0, err
-    return out
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    group = [RANKS.Process(target=rank_of_two, args=(rank, port, Path.cwd(), arguments)) for rank in (0, 1)]
+    for process in group:
+        process.start()
+    for process in group:
+        process.join(timeout=100)
+    assert [process.exitcode for process in group] == [0, 0]
+    return Path("out0.txt").read_text() + Path("out1.txt").read_text()
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    """Two ranks, by torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *launcher, *arguments], **pipes)
 
 
 def difference(*names: str) -> float:
@@ -80,7 +106,7 @@ def metrics(out: str) -> list[str]:
 
 
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
-def test_two_ranks_are_one_in_float64(capsys, task):
+def test_two_ranks_are_one_in_float64(capsys, float64, task):
     """Weights to 1e-9, metrics to the last digit shown; 12 eval images in batches of 4 or so, none of them twice. With
     masks the pixels that count differ over the ranks. A checkpoint goes on with another number of ranks, too."""
     if task == "segmentation":
