@@ -44,6 +44,7 @@ FIGURES, MARKER, KINDS = HOME / "docs" / "counts.json", "counts", ("RBC", "WBC",
 SEEDS, SEARCHED, WITH_BOXES = 5, 2, 30
 REWARD = ["rollout.reward=examples/count_credit.py:count_credit"]
 METHODS = {"start": LABEL, "label": LABEL, "picked": LABEL, "counts": REWARD}
+KNOWN = "counted", "held"  # the parts with counts alone
 PARTS = {"counts": "counted", "picked": "picked"}  # what a method is trained on; the others: labelled
 HEAD = [*START, "training.freeze_blocks=12"]  # boxes stay, but for the norm that they share with the classes
 TUNED = doubts(3e-4, 1e-3, block=START, head=HEAD)
@@ -150,7 +151,7 @@ def held_errors(runner: Runs, run: Run) -> list[float]:
 
 def judged(runner: Runs, run: Run) -> list[dict]:
     """On the evaluation images: undecided, as decided by a fit to all known counts, and what their median is worth."""
-    known = judging.pool([runner.predictions(run, part) for part in ("counted", "held")])
+    known = judging.pool([runner.predictions(run, part) for part in KNOWN])
     found, records = runner.predictions(run, "eval"), []
     for iou, least in (judging.undecided(found), judging.fit_decoding(known)):
         wrong, mine = judging.count_errors(found, (iou, least)), judging.suppressed(found, iou)
@@ -186,10 +187,13 @@ def fill(runner: Runs, figures: Figures) -> None:
     start = None
     for method in SETTINGS if runner.jobs else ():
         tried = [run for setting in SETTINGS[method] for run in runs_of(method, setting, start)[:SEARCHED]]
-        for what, measure in ("held", held_errors), ("eval", judged):
-            for run, done in runner.run_all(tried if what == "held" else chosen(figures, method, start)).items():
-                if done and not figures.get(what, *run.keys[1:]):
-                    figures.add({what: measure(runner, run)} | about(), what, *run.keys[1:])
+        for what, measure, parts in ("held", held_errors, KNOWN), ("eval", judged, (*KNOWN, "eval")):
+            found = runner.run_all(tried if what == "held" else chosen(figures, method, start))
+            runs = [run for run, done in found.items() if done and not figures.get(what, *run.keys[1:])]
+            for part in parts:
+                runner.predict_all(runs, part)
+            for run in runs:
+                figures.add({what: measure(runner, run)} | about(), what, *run.keys[1:])
         start = start or next((run.setting for run in chosen(figures, method, start)), None)
         if not start:
             return
