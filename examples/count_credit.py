@@ -20,7 +20,7 @@ from torch import Tensor
 
 from coco_ap import box_iou
 from data_types import Credit
-from detection_task import decode_boxes
+from detection_task import decode_boxes, detection_set_credit_50
 
 NMS_IOU = 0.5  # detection.nms_iou
 
@@ -87,3 +87,15 @@ def count_credit(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: di
     scores, values = count_values(classes, overlap, known[:, None, None].expand(*classes.shape[:3], -1))
     values = values.mean(2) * (known.sum(-1) + 1)[:, None, None, None]
     return Credit(None, scores, F.pad(values.unsqueeze(2), (0, 0, 0, 0, 0, 1)))
+
+
+def count_or_box_credit(actions: Tensor, outputs: Tensor, targets: Tensor, metadata: dict) -> Credit:
+    """`detection_set_credit_50` of images with boxes, which holds the boxes too, and `count_credit` of the others."""
+    boxes, counts = (f(actions, outputs, targets, metadata) for f in (detection_set_credit_50, count_credit))
+    known = (metadata["labels"] >= 0).any(-1)
+
+    def chosen(of_boxes: Tensor, of_counts: Tensor) -> Tensor:
+        return torch.where(known.view(-1, *[1] * (of_boxes.dim() - 1)), of_boxes, of_counts)
+
+    advantages = chosen(boxes.advantages, torch.zeros_like(boxes.advantages))
+    return Credit(advantages, chosen(boxes.rewards, counts.rewards), chosen(boxes.values, counts.values))

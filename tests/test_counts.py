@@ -81,6 +81,18 @@ def test_the_reward_finds_the_counts_beside_the_images(tmp_path):
         overlap = count.box_iou(boxes[a, :, None], boxes[a, None]) > 0.5
         classes = torch.where(inside[1], labels[1, 2, a, :, 0], 2).int().tolist()
         assert expected == pytest.approx(brute_force(classes, overlap, [2, 1]), rel=1e-5)
+    metadata |= {"boxes": torch.tensor([[[0.0, 0, 4, 4]], [[1.0, 1, 9, 9]]]), "labels": torch.tensor([[-1], [1]])}
+    metadata["crowd"], targets = torch.zeros(2, 1, dtype=torch.bool), torch.randn(2, 2, 16, 4, generator=draw)
+    mixed, boxes = (
+        function(actions, torch.zeros(2, 3, 16, 7), targets, metadata)
+        for function in (count.count_or_box_credit, count.detection_set_credit_50)
+    )
+    for own, of_counts, of_boxes in zip((mixed.rewards, mixed.values), (credit.rewards, credit.values),
+                                        (boxes.rewards, boxes.values)):  # fmt: skip
+        assert torch.equal(own[0], of_counts[0]) and torch.equal(own[1], of_boxes[1])
+        assert not torch.equal(own[1], of_counts[1])
+    assert not mixed.advantages[0].any() and torch.equal(mixed.advantages[1], boxes.advantages[1])
+    assert boxes.advantages[1].any()
     with pytest.raises(FileNotFoundError, match="counts.json"):
         count.known_counts([str(tmp_path.parent / "c.png")], ["x"])
 
@@ -169,6 +181,13 @@ def test_only_the_labelled_photographs_keep_their_boxes(tmp_path):
                 assert not len(labels) and count.known_counts([path], ["y", "x"]).tolist() == expected
     assert sorted(sum(names.values(), [])) == sorted(row["file_name"] for row in coco["images"])
     assert [len(names[part]) for part in names] == [30, 12, 3]
+    counts.merge_parts(tmp_path / "0", "mixed")
+    both = DetectionDataset(str(tmp_path / "0" / "mixed"), 8, 4)
+    assert sorted(Path(path).name for path in both.paths) == sorted(names["labelled"] + names["counted"])
+    for path, labels in zip(both.paths, both.labels):
+        number = int(Path(path).stem) % 6
+        assert len(labels) == (number if Path(path).name in names["labelled"] else 0)
+        assert int(count.known_counts([path], ["y", "x"]).sum()) == number - (number == 5)
     drawn = [sorted(path.name for path in (tmp_path / seed / "labelled" / "images").iterdir()) for seed in "01"]
     assert drawn[0] != drawn[1]
 
@@ -215,7 +234,7 @@ class FakeRuns(NoTraining, counts.CountRuns):
     def predictions(self, run, part):
         self.seen.append((run, part))
         settings = list(counts.SETTINGS[run.method])
-        wrong = 1 + settings.index(run.setting) + (run.method != "counts") + run.fold / 10
+        wrong = 1 + settings.index(run.setting) + (run.method != "mixed") + run.fold / 10
         found = found_of([[[0.9, 0.8], [0.7], [0.6]]] * 4, [[2, 1, 1 + round(10 * wrong)]] * 4)
         return with_nms(dict.fromkeys(judging.SUPPRESSIONS, found))
 
@@ -247,7 +266,7 @@ def test_all_that_is_tried_can_be_run():
             run = counts.runs_of(method, setting, next(iter(counts.SETTINGS["start"])))[3]
             keys = dict(map(parse_override, run.overrides(Source(Path("data"), Path("vit.pth")))))
             config, task = configure((run.study.config, read_yaml(run.study.config)), ("weights", sizes), ("", keys))
-            part = {"counts": "counted", "picked": "picked"}.get(method, "labelled")
+            part = {"counts": "counted", "picked": "picked", "mixed": "mixed"}.get(method, "labelled")
             assert load_rewards(task) and config["data"]["train_dir"].endswith(f"/3/{part}")
             assert config["training"]["label_coef"] == 0 and not config["data"]["eval_dir"]
             begin = f"experiments/ckpt/{run.start.name}/last.pt" if run.start else "vit.pth"

@@ -1,6 +1,6 @@
 """Blood cells with boxes on 30 photographs and counts on the others: by the boxes alone, by decoding that is fitted to
-the counts, by boxes that the counts pick among detections, and by a reward that knows nothing but the counts
-(examples/count_credit.py).
+the counts, by boxes that the counts pick among detections, by a reward that knows nothing but the counts, and by one
+that knows the boxes, too, where there are any (examples/count_credit.py).
 
     uv run tools/counts.py --data DIR --start vits14.pth    # settings, then the runs of the table
     uv run tools/counts.py --tables                         # the table again, without a run
@@ -43,14 +43,15 @@ from frame import to_file
 FIGURES, MARKER, KINDS = HOME / "docs" / "counts.json", "counts", ("RBC", "WBC", "platelets")
 SEEDS, SEARCHED, WITH_BOXES = 5, 2, 30
 REWARD = ["rollout.reward=examples/count_credit.py:count_credit"]
-METHODS = {"start": LABEL, "label": LABEL, "picked": LABEL, "counts": REWARD}
+MIXED = ["rollout.reward=examples/count_credit.py:count_or_box_credit"]
+METHODS = {"start": LABEL, "label": LABEL, "picked": LABEL, "counts": REWARD, "mixed": MIXED}
 KNOWN = "counted", "held"  # the parts with counts alone
-PARTS = {"counts": "counted", "picked": "picked"}  # what a method is trained on; the others: labelled
+PARTS = {"counts": "counted", "picked": "picked", "mixed": "mixed"}  # what a method is trained on; the others: labelled
 HEAD = [*START, "training.freeze_blocks=12"]  # boxes stay, but for the norm that they share with the classes
 TUNED = doubts(3e-4, 1e-3, block=START, head=HEAD)
-SETTINGS = {"start": doubts(3e-4, 1e-3, start=START), "label": TUNED, "picked": TUNED, "counts": TUNED}
+SETTINGS = {"start": doubts(3e-4, 1e-3, start=START)} | dict.fromkeys(list(METHODS)[1:], TUNED)
 WORDS = {"start": "label", "label": "label, as many steps again", "picked": "label, then label on picked boxes"}
-WORDS |= {"counts": "label, then reward on counts"}
+WORDS |= {"counts": "label, then reward on counts", "mixed": "label, then reward on counts and boxes"}
 DECIDED = "", "", "the median count of each kind"
 
 
@@ -81,6 +82,8 @@ class CountRuns(Runs):
         make_parts(self.base.data / "train", folder, run.fold)
         if run.method == "picked" and not (folder / "picked").exists():
             pick_boxes(folder, *self.outputs(run.start, "counted"))
+        if run.method == "mixed" and not (folder / "mixed").exists():
+            merge_parts(folder, "mixed")
 
 
 def make_parts(train_dir: Path, folder: Path, seed: int) -> None:
@@ -124,14 +127,23 @@ def pick_boxes(folder: Path, task, dataset, stream) -> None:
                 for x0, y0, x1, y1 in mine.tolist():
                     box = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0), "iscrowd": 0}
                     rows.append(box | {"image_id": ids[name], "category_id": kinds[kind]})
-    (images := (unfinished := folder / "picked.part") / "images").mkdir(parents=True, exist_ok=True)
+    merge_parts(folder, "picked", rows)
+
+
+def merge_parts(folder: Path, name: str, rows: list[dict] | None = None) -> None:
+    """Beside the parts of `make_parts` one more, labelled/ and counted/ with the counts of both; rows: its boxes, those
+    of labelled/ if not given."""
+    parts = [json.loads((folder / part / "annotations.json").read_text()) for part in ("labelled", "counted")]
+    (images := (unfinished := folder / f"{name}.part") / "images").mkdir(parents=True, exist_ok=True)
     for path in (path for part in ("labelled", "counted") for path in (folder / part / "images").iterdir()):
         (images / path.name).unlink(missing_ok=True)
         os.symlink(path.resolve(), images / path.name)
     merged = {"images": parts[0]["images"] + parts[1]["images"]}
-    merged |= {"annotations": [row | {"id": i} for i, row in enumerate(rows)]}
+    merged |= {"annotations": [row | {"id": i} for i, row in enumerate(rows or parts[0]["annotations"])]}
     (unfinished / "annotations.json").write_text(json.dumps(parts[0] | merged))
-    unfinished.replace(folder / "picked")
+    known = counts_of(parts[0]) | json.loads((folder / "counted" / "counts.json").read_text())
+    (unfinished / "counts.json").write_text(json.dumps(known))
+    unfinished.replace(folder / name)
 
 
 def counts_of(coco: dict) -> dict[str, dict[str, int]]:
