@@ -7,7 +7,8 @@ r"""A reward that knows no boxes, only how many objects of each kind an image sh
 The folder has images/, annotations.json with images and categories but no annotations, and counts.json: file name ->
 kind -> number; a kind that is not named has none. Start from a model that was trained on some boxes: counts teach none.
 Boxes change only with the layers that they share with the classes. Where no box is known none counts, and so
-`training.kl_coef` holds the classes alone. What holds boxes is few steps at a small rate, or frozen blocks.
+`training.kl_coef` holds the classes alone. What holds boxes is frozen blocks, or images with boxes among the others and
+`count_or_box_credit`, which needs the counts of these, too.
 """
 
 import json
