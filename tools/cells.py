@@ -56,7 +56,7 @@ class DataSet:
     logged: tuple[str, ...] = ()
     steps: int = 150
     starts: Methods = field(default_factory=lambda: doubts(3e-4, 1e-3, start=START))
-    settings: Methods = field(default_factory=lambda: doubts(*RATES, small=SMALL, large=LARGE))
+    settings: Methods = field(default_factory=lambda: doubts(*HIGHER, small=SMALL, large=LARGE))
     config: str = "config_dinov2.yaml"
     until: float | None = None
     eval_interval: int = 10**6
@@ -147,15 +147,14 @@ def by_confusion(
     return Score(name, judge(score or READY[function]), [f"rollout.reward={function}", *judge.rollout], settings)
 
 
-RATES = 3e-4, 1e-3
-HIGHER = (*RATES, 3e-3)  # of pixels and boxes the higher of two was chosen nearly everywhere
+LOWER, HIGHER = (1e-4, 3e-4, 1e-3), (3e-4, 1e-3, 3e-3)  # 3e-4 and 1e-3, and one more where most choices were at an edge
 SMALL, LARGE = (["model.dropout=0.1", "training.entropy_coef=0"], ["model.dropout=0.5", "training.entropy_coef=0.3"])
 START = ["model.dropout=0.3", "training.entropy_coef=0"]
 COMMON = ("data.augment=true", "data.num_workers=0", "data.eval_dir=null", "training.freeze_blocks=11")
 COMMON += ("model.dropout_blocks=1", "training.warmup_steps=20", "training.save_interval=1000000")
 COMMON += ("data.token_cache=keep", f"data.token_cache_dir={ROOT}/tokens")
 DENSE = ("model.image_size=168", "training.batch_size=8", "rollout.num_mc_samples=2")
-OF_CLASSES = partial(by_confusion, judge=judging.Classes, rates=RATES)
+OF_CLASSES = partial(by_confusion, judge=judging.Classes, rates=LOWER)
 OF_PIXELS = partial(by_confusion, judge=judging.Pixels, rates=HIGHER)
 PRICES, DICE = "examples/price_list.py:price_list", "examples/dice_of_one.py:dice_of_one"
 BY_CHOICE = {"maxrl small": [*SMALL, "rollout.advantage=maxrl"], "rloo large": [*LARGE, "rollout.advantage=rloo"]}
@@ -167,7 +166,7 @@ DATA_SETS = {
         (
             Score(
                 "accuracy", judging.Classes(judging.accuracy),
-                ["rollout.reward=classification_reward", "rollout.action=all"], doubts(*RATES, **BY_CHOICE),
+                ["rollout.reward=classification_reward", "rollout.action=all"], doubts(*LOWER, **BY_CHOICE),
             ),
             OF_CLASSES("balanced accuracy", "balanced_accuracy"),
             OF_CLASSES("G-mean", "g_mean"),
@@ -180,6 +179,7 @@ DATA_SETS = {
         judging.draw_class,
         tuple(range(FOLDS)),
         0.4,
+        settings=doubts(*LOWER, small=SMALL, large=LARGE),
         steps=300,
     ),
     "membrane": DataSet(
@@ -192,7 +192,6 @@ DATA_SETS = {
         (0, 1),
         3,
         unit=micrograph,
-        settings=doubts(*HIGHER, small=SMALL, large=LARGE),
         logged=("rollout.reward=pixel_reward", "rollout.actions_per_sample=1"),
     ),
     "blood-cells": DataSet(
@@ -207,6 +206,5 @@ DATA_SETS = {
         judging.draw_boxes,
         (0, 1),
         2.5,
-        settings=doubts(*HIGHER, small=SMALL, large=LARGE),
     ),
 }  # fmt: skip
