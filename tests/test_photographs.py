@@ -381,10 +381,10 @@ def test_models_are_judged_on_the_images_that_they_were_trained_on(filled, tmp_p
     assert {part for _, part in runner.seen} == {"train", "held"} and {run.fold for run, _ in runner.seen} == {0}
     lines = photographs.training_table(figures).splitlines()[2:]
     assert len(lines) == 2 * len(SETTINGS)
-    run = photographs.runs_of(STUDY, "label", "0.001 small", photographs.chosen_start(figures, STUDY))[0]
+    run = photographs.runs_of(STUDY, "label", "0.0003 small", photographs.chosen_start(figures, STUDY))[0]
     values = [s.judge.value(runner.predictions(run, part)) for s in (score, first) for part in ("train", "held")]
     shown = " | ".join(f"{x:.3f}" for x in values)
-    assert f"| {score.name} | label: 0.001 small | {shown} |" in lines and len(set(values)) == 4
+    assert f"| {score.name} | label: 0.0003 small | {shown} |" in lines and len(set(values)) == 4
 
 
 def test_nothing_is_chosen_before_all_is_tried(filled, tmp_path):
