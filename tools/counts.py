@@ -42,16 +42,28 @@ from frame import to_file
 
 FIGURES, MARKER, KINDS = HOME / "docs" / "counts.json", "counts", ("RBC", "WBC", "platelets")
 SEEDS, SEARCHED, WITH_BOXES = 5, 2, 30
-REWARD = ["rollout.reward=examples/count_credit.py:count_credit"]
-MIXED = ["rollout.reward=examples/count_credit.py:count_or_box_credit"]
-METHODS = {"start": LABEL, "label": LABEL, "picked": LABEL, "counts": REWARD, "mixed": MIXED}
+CREDIT = "rollout.reward=examples/count_credit.py"
+METHODS = {
+    "start": LABEL,
+    "label": LABEL,
+    "boxes": ["rollout.reward=detection_set_credit_50"],
+    "picked": LABEL,
+    "counts": [f"{CREDIT}:count_credit"],
+    "mixed": [f"{CREDIT}:count_or_box_credit"],
+}
 KNOWN = "counted", "held"  # the parts with counts alone
 PARTS = {"counts": "counted", "picked": "picked", "mixed": "mixed"}  # what a method is trained on; the others: labelled
 HEAD = [*START, "training.freeze_blocks=12"]  # boxes stay, but for the norm that they share with the classes
 TUNED = doubts(3e-4, 1e-3, block=START, head=HEAD)
 SETTINGS = {"start": doubts(3e-4, 1e-3, start=START)} | dict.fromkeys(list(METHODS)[1:], TUNED)
-WORDS = {"start": "label", "label": "label, as many steps again", "picked": "label, then label on picked boxes"}
-WORDS |= {"counts": "label, then reward on counts", "mixed": "label, then reward on counts and boxes"}
+WORDS = {
+    "start": "label",
+    "label": "label, as many steps again",
+    "boxes": "label, then reward on boxes",
+    "picked": "label, then label on picked boxes",
+    "counts": "label, then reward on counts",
+    "mixed": "label, then reward on counts and boxes",
+}
 DECIDED = "", "", "the median count of each kind"
 
 
