@@ -1,14 +1,17 @@
 r"""A reward that knows no boxes, only how many objects of each kind an image shows, for images that nobody has marked.
 
-    uv run train.py --config config_detection.yaml model.checkpoint_path=ckpt/boxes/last.pt data.train_dir=counted \
-        rollout.reward=examples/count_credit.py:count_credit training.label_coef=0 training.steps=150 \
-        training.learning_rate=3e-4
+    uv run train.py --config config_detection.yaml model.checkpoint_path=ckpt/boxes/last.pt training.run_name=counts \
+        data.train_dir=counted data.eval_dir=null training.best=null \
+        rollout.reward=examples/count_credit.py:count_credit training.label_coef=0 training.entropy_coef=0 \
+        training.steps=150 training.warmup_steps=20 training.learning_rate=3e-4 detection.box_std=0.1
 
-The folder has images/, annotations.json with images and categories but no annotations, and counts.json: file name ->
-kind -> number; a kind that is not named has none. Start from a model that was trained on some boxes: counts teach none.
-Boxes change only with the layers that they share with the classes. Where no box is known none counts, and so
-`training.kl_coef` holds the classes alone. What holds boxes is frozen blocks, or images with boxes among the others and
-`count_or_box_credit`, which needs the counts of these, too.
+The folder has images/, annotations.json with images and categories but no annotations, and counts.json: file name
+without folders -> kind, as annotations.json names it -> number; a kind that is not named has none. An evaluation folder
+needs them, too. No label may be in the loss (`training.label_coef`), because to it an image without boxes is empty. Nor
+may images be cropped (`data.augment`, `data.resize`), because the counts are those of whole files. Start from a model
+that was trained on some boxes: counts teach none. Boxes change only with the layers that they share with the classes.
+No box is in the loss, and so `training.kl_coef` holds the classes alone. What holds boxes is images with boxes among
+the others, and `count_or_box_credit`; its counts.json names these images, too.
 """
 
 import json
@@ -23,7 +26,7 @@ from coco_ap import box_iou
 from data_types import Credit
 from detection_task import decode_boxes, detection_set_credit_50
 
-NMS_IOU = 0.5  # detection.nms_iou
+NMS_IOU = 0.5  # whatever detection.nms_iou is
 
 
 @lru_cache
@@ -45,7 +48,7 @@ def known_counts(paths: list[str], classes: list[str]) -> Tensor:
 
 def score(found: Tensor, known: Tensor) -> Tensor:
     """Of numbers of objects, 1 where they are equal: (fewer + 1) / (more + 1). An object too many or too few costs less
-    the more there are, and a count that is quite wrong (not all were counted, say) has hardly a slope."""
+    the more there are, and far too many (not all were counted, say) have hardly a slope."""
     return (torch.minimum(found, known) + 1) / (torch.maximum(found, known) + 1)
 
 
