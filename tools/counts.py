@@ -5,9 +5,9 @@ that knows the boxes, too, where there are any (examples/count_credit.py).
     uv run tools/counts.py --data DIR --start vits14.pth    # settings, then the runs of the table
     uv run tools/counts.py --tables                         # the table again, without a run
 
-DIR is the blood cells' of photographs.py. Seed s draws which photographs have boxes. Of the others a fifth is held out,
-without boxes too: the error of the counts there, by decoding that is fitted to the counts of the rest, chooses
-settings. DIR/eval judges, and chooses nothing. With --minutes 60 nothing is begun that would end later; the same
+DIR: as for `blood-cells` in photographs.py. Seed s draws which photographs have boxes. Of the others a fifth is held
+out: its error of the counts, by decoding that is fitted to the other four fifths, chooses settings. DIR/eval judges,
+and chooses no setting. With --minutes 60 nothing is begun that would end later; the same
 command goes on. Runs and predictions are in experiments/; docs/counts.json keeps what the table needs.
 """
 
