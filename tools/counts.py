@@ -7,8 +7,8 @@ that knows the boxes, too, where there are any (examples/count_credit.py).
 
 DIR: as for `blood-cells` in photographs.py. Seed s draws which photographs have boxes. Of the others a fifth is held
 out: its error of the counts, by decoding that is fitted to the other four fifths, chooses settings. DIR/eval judges,
-and chooses no setting. With --minutes 60 nothing is begun that would end later; the same
-command goes on. Runs and predictions are in experiments/; docs/counts.json keeps what the table needs.
+and chooses no setting. With --minutes 60 nothing is begun that would end later; the same command goes on. Runs and
+predictions are in experiments/; docs/counts.json keeps what the table needs.
 """
 
 import argparse
