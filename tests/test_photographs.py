@@ -19,7 +19,7 @@ from cells import DATA_SETS, FOLDS
 from conftest import TINY, NoTraining, make_folders
 from dice_of_one import dice_of_one
 from experiments import Figures
-from photographs import BY_REWARD, LABEL_TRICK, Runs, Source
+from photographs import BY_REWARD, LABEL_DECIDED, LABEL_TRICK, Runs, Source
 from PIL import Image
 from price_list import COSTS, price_list
 
@@ -350,7 +350,7 @@ def filled(tmp_path_factory) -> Path:
 def test_settings_are_chosen_by_held_out_folds_and_judged_by_all(filled, score):
     figures, runner = Figures(filled / "f.json"), FakeRuns(filled)
     cells_of = photographs.choose(figures, STUDY, score)
-    assert list(cells_of) == ["label", LABEL_TRICK, *BY_REWARD]
+    assert list(cells_of) == ["label", LABEL_DECIDED, LABEL_TRICK, *BY_REWARD]
     for column, cell in cells_of.items():
         kept = figures.get(*cell.keys)
         held = judging.pool([runner.predictions(run, "held") for run in cell.runs])
@@ -424,22 +424,22 @@ def test_tables_are_means_paired_differences_and_intervals(filled, monkeypatch, 
     expected += [f"{(own - trick).mean():+.4f} [{low:+.4f}, {high:+.4f}]"]
     assert line.endswith(f"| {' | '.join(expected)} |") and f"{cells_of['reward'].held:.4f}" in line
     small = [line.split(" | ") for line in photographs.small_table(figures).splitlines()[2:]]
-    for (name, *texts, _), (score, three) in zip(small, photographs.complete_rows(figures), strict=True):
-        means = [f"{statistics.mean(run['scores']):.3f}" for _, run in three]
-        assert name == f"| {score.name}" and [text.partition(" ")[0] for text in texts] == means
-        assert ["(" in text for text in texts] == [False, True, True]
+    for (name, *texts, _), (score, four) in zip(small, photographs.complete_rows(figures), strict=True):
+        label, decided, *means = [f"{statistics.mean(run['scores']):.3f}" for _, run in four]
+        assert name == f"| {score.name}" and [text.partition(" ")[0] for text in texts] == [label, *means]
+        assert texts[0] == f"{label} ({decided})" and all("(" in text for text in texts)
     best = {by: photographs.complete_rows(figures, by) for by in (BY_REWARD[::2], BY_REWARD)}
-    decided = [{own.decided for _, (_, _, (own, _)) in rows} for rows in best.values()]
+    decided = [{own.decided for _, (*_, (own, _)) in rows} for rows in best.values()]
     assert decided[0] == {False} and True in decided[1]
     counts = photographs.verdict(figures).splitlines()[-1].split(" | ")[1:]
-    assert counts[0] == f"{len(STUDY.scores)}" and sum(int(x.strip(" |")) for x in counts[3:]) == len(STUDY.scores)
+    assert counts[0] == f"{len(STUDY.scores)}" and sum(int(x.strip(" |")) for x in counts[5:]) == len(STUDY.scores)
     photographs.draw_chart(figures, tmp_path / "chart.png")
     assert Image.open(tmp_path / "chart.png").size[0] > 500
     assert "then 6 methods with 2 settings each: 28 runs of 2 steps" in photographs.tried()
 
 
 def test_the_verdict_counts_leads_beyond_the_deviation_and_the_interval(monkeypatch):
-    """Without the columns that are decided, and with them."""
+    """By the reward alone, without the columns that are decided, and with them."""
 
     def run(scores, resampled):
         return None, {"scores": scores, "resampled": resampled}
@@ -448,10 +448,16 @@ def test_the_verdict_counts_leads_beyond_the_deviation_and_the_interval(monkeypa
     ahead, level, behind = (run([a + x for x in (0.1, 0.2, 0.3)], [b + x for x in (10, 20, 30)])
                             for a, b in ((0.3, 9), (0.0, 5), (-0.1, 2)))  # fmt: skip
     unsure = run([0.0, 0.4, 0.3], [0, 25, 40])  # a lead of 0.03 with a deviation of 0.15
-    rows = {photographs.BY_REWARD: [ahead, unsure, behind, level], BY_REWARD[::2]: [ahead, ahead, level, behind]}
-    monkeypatch.setattr(photographs, "complete_rows", lambda _, by: [(None, (label, trick, own)) for own in rows[by]])
-    undecided, decided = (line.split(" | ")[1:] for line in photographs.verdict(None).splitlines()[2:])
-    assert undecided == ["4", "2", "1", "2", "1", "1 |"] and decided == ["4", "1", "1", "1", "2", "1 |"]
+    better = run([0.41, 0.51, 0.6], [10, 20, 30])  # than all others
+    rows = {BY_REWARD: [ahead, unsure, behind, level], BY_REWARD[::2]: [ahead, ahead, level, behind]}
+    rows |= {BY_REWARD[:1]: [behind, behind]}
+    monkeypatch.setattr(
+        photographs, "complete_rows", lambda _, by: [(None, (label, better, trick, own)) for own in rows[by]]
+    )
+    alone, undecided, decided = (line.split(" | ")[1:] for line in photographs.verdict(None).splitlines()[2:])
+    assert alone == ["2", "0", "2", "0", "2", "0", "0", "2 |"]
+    assert undecided == ["4", "2", "1", "0", "4", "2", "1", "1 |"]
+    assert decided == ["4", "1", "1", "0", "4", "1", "2", "1 |"]
 
 
 @pytest.mark.parametrize("frozen", [1, 2])  # 2: the head alone is trained, after a run that trained the last block

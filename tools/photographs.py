@@ -46,7 +46,7 @@ from token_cache import CHUNK, kept_blocks
 
 FIGURES, README, CHART = HOME / "docs" / "photographs.json", HOME / "README.md", HOME / "assets" / "photographs.png"
 RESAMPLES, UNIT = 1000, 1e-4  # of the evaluation images; what the kept scores of resamples are counted in
-LABEL_TRICK = "label + its best trick"
+LABEL_DECIDED, LABEL_TRICK = "label + decision", "label + its best trick"
 BY_REWARD = ("reward", "reward + decision", "label and reward", "label and reward + decision")
 NOT_YET = "Not run yet."
 
@@ -290,7 +290,7 @@ def choose(figures: Figures, study: DataSet, score: Score) -> dict[str, Cell]:
     """The cells of a row, without those for which not all is tried."""
     start, reward = chosen_start(figures, study), f"reward: {score.name}"
     by_label, ways = list(study.by_label()), (False, True) if score.judge.decides else (False,)
-    columns = {"label": (["label"], (False,)), LABEL_TRICK: (by_label, ways)}
+    columns = {"label": (["label"], (False,)), LABEL_DECIDED: (["label"], ways[1:]), LABEL_TRICK: (by_label, ways)}
     for column, method in (("reward", reward), ("label and reward", f"label and {reward}")):
         columns |= {column: ([method], (False,)), f"{column} + decision": ([method], ways[1:])}
     cells = {}
@@ -432,49 +432,60 @@ def training_table(figures: Figures) -> str:
     return "\n".join(lines) if len(lines) > 2 else NOT_YET
 
 
-def complete_rows(
-    figures: Figures, by_reward: tuple[str, ...] = BY_REWARD
-) -> list[tuple[Score, list[tuple[Cell, dict]]]]:
-    """The scores for which the label, its best trick and the best by reward are there: those three."""
+def complete_rows(figures: Figures, by_reward: tuple[str, ...] = BY_REWARD) -> list[tuple[Score, list[tuple]]]:
+    """The scores for which all is there, each with the cells, and their figures, of the label, the label with a
+    decision (without, where none is made), its best trick and the best by reward."""
     rows = []
     for study in DATA_SETS.values():
         for score in study.scores:
             cells = choose(figures, study, score)
-            three = [cells.get("label"), cells.get(LABEL_TRICK), best_by_reward(cells, by_reward)]
-            found = [figures.get(*cell.keys) if cell else None for cell in three]
+            four = [cells.get("label"), cells.get(LABEL_DECIDED, cells.get("label")), cells.get(LABEL_TRICK)]
+            four += [best_by_reward(cells, by_reward)]
+            found = [figures.get(*cell.keys) if cell else None for cell in four]
             if all(found):
-                rows.append((score, list(zip(three, found))))
+                rows.append((score, list(zip(four, found))))
     return rows
 
 
 def small_table(figures: Figures) -> str:
-    """A row a score, three columns and a difference; "both" is label and reward."""
-    lines = [f"| score | label | {LABEL_TRICK} | by reward | reward − trick [95 %] |", "|---|---|---|---|---|"]
-    for score, three in complete_rows(figures):
-        label, *named = (f"{statistics.mean(run['scores']):.3f} ({cell.words})" for cell, run in three)
-        trick, own = three[1][1], three[2][1]
-        low, high = interval(own, trick)
-        gain = f"{statistics.mean(gains(own, trick)):+.3f} [{low:+.3f}, {high:+.3f}]"
-        row = " | ".join([score.name, label.partition(" ")[0], *named, gain])
+    """A row a score; in brackets what was chosen, of the label its score as decided; "both" is label and reward."""
+    lines = [
+        f"| score | label (decided) | {LABEL_TRICK} | by reward | reward − trick [95 %] |",
+        "|---|---|---|---|---|",
+    ]
+    for score, four in complete_rows(figures):
+        label, decided, trick, own = (f"{statistics.mean(run['scores']):.3f}" for _, run in four)
+        label += f" ({decided})" if four[1][0].decided else ""
+        low, high = interval(four[3][1], four[2][1])
+        gain = f"{statistics.mean(gains(four[3][1], four[2][1])):+.3f} [{low:+.3f}, {high:+.3f}]"
+        row = " | ".join([score.name, label, f"{trick} ({four[2][0].words})", f"{own} ({four[3][0].words})", gain])
         lines.append(f"| {row} |".replace("label and reward", "both"))
     return "\n".join(lines) if len(lines) > 2 else NOT_YET
 
 
+def beyond_deviation(run: dict, other: dict) -> int:
+    """1 if the mean difference is above the standard deviation of the five, -1 if it is below it, else 0."""
+    mean, deviation = statistics.mean(gains(run, other)), statistics.stdev(gains(run, other))
+    return (mean > deviation) - (mean < -deviation)
+
+
 def verdict(figures: Figures) -> str:
-    """Of how many scores the best by reward is ahead or behind: of the label by more than the standard deviation of the
-    five differences, of the label's best trick by the whole interval."""
-    heads = ["the best of", "scores", "ahead of label", "behind", f"ahead of {LABEL_TRICK}", "neither", "behind"]
+    """Of how many scores the best by reward is ahead or behind: of the label, and of the label with a decision, by more
+    than the standard deviation of the five differences, of the label's best trick by the whole interval."""
+    heads = ["the best of", "scores", "ahead of label", "behind", f"ahead of {LABEL_DECIDED}", "behind"]
+    heads += [f"ahead of {LABEL_TRICK}", "neither", "behind"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for columns in (BY_REWARD[::2], BY_REWARD):
-        of_label, of_trick = [], []
-        for _, ((_, label), (_, trick), (_, own)) in complete_rows(figures, columns):
-            mean, deviation = statistics.mean(gains(own, label)), statistics.stdev(gains(own, label))
+    for columns in (BY_REWARD[:1], BY_REWARD[::2], BY_REWARD):
+        signs = []
+        for _, four in complete_rows(figures, columns):
+            label, decided, trick, own = (run for _, run in four)
             low, high = interval(own, trick)
-            of_label.append((mean > deviation) - (mean < -deviation))
-            of_trick.append((low > 0) - (high < 0))
-        counts = [len(of_label), *map(of_label.count, (1, -1)), *map(of_trick.count, (1, 0, -1))]
+            signs.append((beyond_deviation(own, label), beyond_deviation(own, decided), (low > 0) - (high < 0)))
+        of_label, of_decided, of_trick = zip(*signs) if signs else ((), (), ())
+        counts = [len(signs), *(x.count(sign) for x in (of_label, of_decided) for sign in (1, -1))]
+        counts += map(of_trick.count, (1, 0, -1))
         lines.append(f"| {', '.join(columns)} | {' | '.join(map(str, counts))} |")
-    return "\n".join(lines) if of_label else NOT_YET
+    return "\n".join(lines) if signs else NOT_YET
 
 
 def tried() -> str:
@@ -508,7 +519,7 @@ def tried() -> str:
 
 def draw_chart(figures: Figures, path: Path) -> None:
     """Of each score the label, its best trick and the best by reward, with the intervals over resampled images."""
-    rows = complete_rows(figures)
+    rows = [(score, [four[0], *four[2:]]) for score, four in complete_rows(figures)]
     figure, axes = load_pyplot().subplots(figsize=(8, 0.9 * len(rows) + 1), layout="constrained")
     places, names = np.arange(len(rows)), ("label", LABEL_TRICK, "by reward")
     for i, (name, colour) in enumerate(zip(names, ("#9aa5b1", "#4c78a8", "#e4572e"))):
