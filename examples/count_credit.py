@@ -5,13 +5,13 @@ r"""A reward that knows no boxes, only how many objects of each kind an image sh
         rollout.reward=examples/count_credit.py:count_credit training.label_coef=0 training.entropy_coef=0 \
         training.steps=150 training.warmup_steps=20 training.learning_rate=3e-4 detection.box_std=0.1
 
-The folder has images/, annotations.json with images and categories but no annotations, and counts.json: file name
-without folders -> kind, as annotations.json names it -> number; a kind that is not named has none. An evaluation folder
-needs them, too. No label may be in the loss (`training.label_coef`), because to it an image without boxes is empty. Nor
-may images be cropped (`data.augment`, `data.resize`), because the counts are those of whole files. Start from a model
-that was trained on some boxes: counts teach none. Boxes change only with the layers that they share with the classes.
-No box is in the loss, and so `training.kl_coef` holds the classes alone. What holds boxes is images with boxes among
-the others, and `count_or_box_credit`; its counts.json names these images, too.
+The folder has images/, annotations.json with images, categories and an empty list of annotations, and counts.json: file
+name without folders -> kind, as annotations.json names it -> number; a kind that is not named has none. An evaluation
+folder needs them, too. No label may be in the loss (`training.label_coef`), because to it an image without boxes is
+empty. Nor may images be cropped (`data.augment`, `data.resize`), because the counts are those of whole files. Start
+from a model that was trained on some boxes: counts teach none. Boxes change only with the layers that they share with
+the classes. No box is in the loss, and so `training.kl_coef` holds the classes alone. What holds boxes is images with
+boxes among the others, and `count_or_box_credit`; its counts.json names these images, too.
 """
 
 import json

@@ -77,9 +77,13 @@ def run(capsys, ranks: int, *arguments: str) -> str:
         return capsys.readouterr().out
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
-    group = [RANKS.Process(target=rank_of_two, args=(rank, port, Path.cwd(), arguments)) for rank in (0, 1)]
-    for process in group:
-        process.start()
+    group = []
+    for rank in (0, 1):
+        arguments_of = (rank, port, Path.cwd(), arguments)
+        group.append(
+            RANKS.Process(target=rank_of_two, args=arguments_of, daemon=True)
+        )  # one that hangs ends with pytest
+        group[-1].start()
     for process in group:
         process.join(timeout=100)
     assert [process.exitcode for process in group] == [0, 0]

@@ -416,12 +416,14 @@ def test_tables_are_means_paired_differences_and_intervals(filled, monkeypatch, 
     runs = {column: figures.get(*cell.keys) for column, cell in cells_of.items()}
     lines = photographs.table(figures, STUDY).replace("**", "").splitlines()
     line = next(line for line in lines if line.startswith("| macro-F1 | reward |"))
-    own, label, trick = (np.array(runs[column]["scores"]) for column in ("reward", "label", LABEL_TRICK))
+    columns = ("reward", "label", LABEL_DECIDED, LABEL_TRICK)
+    own, label, decided, trick = (np.array(runs[column]["scores"]) for column in columns)
     difference = 1e-4 * np.sort(np.array(runs["reward"]["resampled"]) - runs[LABEL_TRICK]["resampled"])
     low, high = np.quantile(difference, 0.025), np.quantile(difference, 0.975)
     expected = [f"{own.mean():.4f} ± {own.std(ddof=1):.4f}"]
     expected += [f"{(own - label).mean():+.4f} ± {(own - label).std(ddof=1):.4f}"]
-    expected += [f"{(own - trick).mean():+.4f} [{low:+.4f}, {high:+.4f}]"]
+    expected += [f"{(own - decided).mean():+.4f} ± {(own - decided).std(ddof=1):.4f}"]
+    expected += [f"{(own - trick).mean():+.4f} ± {(own - trick).std(ddof=1):.4f} [{low:+.4f}, {high:+.4f}]"]
     assert line.endswith(f"| {' | '.join(expected)} |") and f"{cells_of['reward'].held:.4f}" in line
     small = [line.split(" | ") for line in photographs.small_table(figures).splitlines()[2:]]
     for (name, *texts, _), (score, four) in zip(small, photographs.complete_rows(figures), strict=True):

@@ -224,8 +224,8 @@ def fill(runner: Runs, figures: Figures) -> None:
 
 
 def table(figures: Figures) -> str:
-    heads = ["learned from", "setting", *(f"error, {kind}" for kind in KINDS), "counts right", "F1 at IoU 0.5", "mAP"]
-    heads += ["mean error − that of label, decided"]
+    heads = ["learned from", "setting", *(f"error, {kind}" for kind in KINDS), "mean error", "counts right"]
+    heads += ["F1 at IoU 0.5", "mAP", "mean error − that of label, decided"]
     lines, base, start = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"], None, None
     for method in SETTINGS:
         runs = chosen(figures, method, start)
@@ -237,6 +237,7 @@ def table(figures: Figures) -> str:
             base = means if i == 1 and not base else base
             cells = [words or WORDS[method] + ", decided" * i, runs[0].setting]
             cells += [spread([values["errors"][k] for values in mine]) for k in range(len(KINDS))]
+            cells += [spread(means)]
             cells += [spread([v[key] for v in mine]) if key in mine[0] else "" for key in ("right", "f1", "map")]
             cells += [spread([a - b for a, b in zip(means, base)], signed=True) if base and base is not means else ""]
             if not words or method == "start":

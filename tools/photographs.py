@@ -398,22 +398,24 @@ def interval(run: dict, other: dict | None = None) -> tuple[float, float]:
 
 def compared(run: dict, other: dict) -> str:
     low, high = interval(run, other)
-    return f"{statistics.mean(gains(run, other)):+.4f} [{low:+.4f}, {high:+.4f}]"
+    return f"{spread(gains(run, other), signed=True)} [{low:+.4f}, {high:+.4f}]"
 
 
 def table(figures: Figures, study: DataSet) -> str:
     """All cells that are filled, each with its choice and with its differences to the label's."""
-    heads = ["score", "learned by", "chosen", "held-out folds", "evaluation", "− label", f"− {LABEL_TRICK} [95 %]"]
+    heads = ["score", "learned by", "chosen", "held-out folds", "evaluation", "− label", f"− {LABEL_DECIDED}"]
+    heads += [f"− {LABEL_TRICK} [95 %]"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for score in study.scores:
         cells = choose(figures, study, score)
         found = {column: figures.get(*cell.keys) for column, cell in cells.items()}
         best = best_by_reward(cells)
         for column in (column for column, run in found.items() if run):
-            run, cell, label, trick = found[column], cells[column], found.get("label"), found.get(LABEL_TRICK)
+            run, cell, trick = found[column], cells[column], found.get(LABEL_TRICK)
             row = [score.name, f"**{column}**" if cell is best else column, f"{cell.words}: {cell.setting}"]
             row += [f"{cell.held:.4f}", spread(run["scores"])]
-            row += [spread(gains(run, label), signed=True) if label and column != "label" else ""]
+            for other in ("label", LABEL_DECIDED):
+                row += [spread(gains(run, found[other]), signed=True) if found.get(other) and column != other else ""]
             row += [compared(run, trick) if trick and column != LABEL_TRICK else ""]
             lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) if len(lines) > 2 else NOT_YET
@@ -432,7 +434,9 @@ def training_table(figures: Figures) -> str:
     return "\n".join(lines) if len(lines) > 2 else NOT_YET
 
 
-def complete_rows(figures: Figures, by_reward: tuple[str, ...] = BY_REWARD) -> list[tuple[Score, list[tuple]]]:
+def complete_rows(
+    figures: Figures, by_reward: tuple[str, ...] = BY_REWARD
+) -> list[tuple[Score, list[tuple[Cell, dict]]]]:
     """The scores for which all is there, each with the cells, and their figures, of the label, the label with a
     decision (without, where none is made), its best trick and the best by reward."""
     rows = []
@@ -453,13 +457,13 @@ def small_table(figures: Figures) -> str:
         f"| score | label (decided) | {LABEL_TRICK} | by reward | reward − trick [95 %] |",
         "|---|---|---|---|---|",
     ]
-    for score, four in complete_rows(figures):
-        label, decided, trick, own = (f"{statistics.mean(run['scores']):.3f}" for _, run in four)
-        label += f" ({decided})" if four[1][0].decided else ""
-        low, high = interval(four[3][1], four[2][1])
-        gain = f"{statistics.mean(gains(four[3][1], four[2][1])):+.3f} [{low:+.3f}, {high:+.3f}]"
-        row = " | ".join([score.name, label, f"{trick} ({four[2][0].words})", f"{own} ({four[3][0].words})", gain])
-        lines.append(f"| {row} |".replace("label and reward", "both"))
+    for score, ((_, label), (decided, by_decision), (trick, by_trick), (own, by_reward)) in complete_rows(figures):
+        means = [f"{statistics.mean(run['scores']):.3f}" for run in (label, by_decision, by_trick, by_reward)]
+        low, high = interval(by_reward, by_trick)
+        row = [score.name, f"{means[0]} ({means[1]})" if decided.decided else means[0]]
+        row += [f"{means[2]} ({trick.words})", f"{means[3]} ({own.words})".replace("label and reward", "both")]
+        row += [f"{statistics.mean(gains(by_reward, by_trick)):+.3f} [{low:+.3f}, {high:+.3f}]"]
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) if len(lines) > 2 else NOT_YET
 
 
