@@ -25,11 +25,12 @@ kill_runs = load_script("tests/kill_runs.py")
 RANKS = multiprocessing.get_context("forkserver")  # each rank starts with torch imported
 RANKS.set_forkserver_preload(["train"])
 DIGITS = ["--config", "tiny.yaml", "training.steps=20", "training.micro_batch_size=4"]
-DIGITS += ["rollout.reward={classification_reward: 1, macro_f1: 0.3}"]
+DIGITS += ["rollout.reward={classification_reward: 1, macro_f1: 0.3}", "training.label_coef=0.3"]
 SCENES = ["--config", str(ROOT / "config_segmentation.yaml"), "training.steps=8", "training.batch_size=8"]
 SCENES += [
     "rollout.reward={mask_iou_credit: 1, mean_iou: 0.1}",
     "training.micro_batch_size=2",
+    "training.label_coef=0.3",  # without it the loss is 0 but for rounding
     "model.embed_dim=16",
     "model.depth=2",
     "training.eval_interval=4",
